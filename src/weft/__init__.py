@@ -1,0 +1,56 @@
+"""weft: parameter-efficient fine-tuning of PyTorch models.
+
+In weaving, the warp is held fixed on the loom and the weft is the thin thread drawn through it that makes the pattern.
+Here the warp is a frozen pretrained model and the weft is an adapter.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+# Public name -> the module it lives in. Loaded on first use, so that `import weft` and `weft --help` cost nothing.
+_HOME = {
+    "WeftError": "weft.core",
+    "Adapter": "weft.core",
+    "Method": "weft.core",
+    "Site": "weft.core",
+    "LoRA": "weft.methods",
+    "Full": "weft.methods",
+    "adapt": "weft.adapters",
+    "load": "weft.adapters",
+    "merge": "weft.adapters",
+    "remove": "weft.adapters",
+    "rows": "weft.adapters",
+    "save": "weft.adapters",
+    "summary": "weft.adapters",
+    "unmerge": "weft.adapters",
+    "use": "weft.adapters",
+    "using": "weft.adapters",
+    "load_base": "weft.models",
+    "load_tokenizer": "weft.models",
+    "fit": "weft.train",
+    "Recipe": "weft.train",
+}
+__all__ = [*sorted(_HOME), "__version__"]  # noqa: PLE0604
+
+if TYPE_CHECKING:
+    from weft.adapters import adapt, load, merge, remove, rows, save, summary, unmerge, use, using
+    from weft.core import Adapter, Method, Site, WeftError
+    from weft.methods import Full, LoRA
+    from weft.models import load_base, load_tokenizer
+    from weft.train import Recipe, fit
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'weft' has no attribute {name!r}")
+    value = getattr(import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

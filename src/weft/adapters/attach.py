@@ -1,0 +1,169 @@
+"""Putting adapters on a model, choosing which of them work, and taking them off again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import nn
+
+from weft.adapters.targets import find
+from weft.core import Adapter, Method, Mixture, Replaced, Site, WeftError, activate, close_site, modules, open_site, sites, slot_of
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def adapt(model: Model, method: Method, name: str = "default") -> Model:
+    """Put a new adapter of this method on a model, and let it alone work. The base is frozen; its keys and bytes stay.
+
+    Args:
+        model: Any module. It is changed in place and returned.
+        method: For instance `weft.LoRA(rank=8, alpha=16, targets="all-linear")`.
+        name: What to call this adapter from now on; any text without a dot.
+    Raises:
+        WeftError: if the name is taken, or no layer matches `method.targets` (the error lists what could have).
+    """
+    check_new(model, name)
+    built = build(model, method)
+    model.requires_grad_(False) if not names(model) else None
+    put(model, built, name)
+    use(model, name)
+    return model
+
+
+def build(model: nn.Module, method: Method, strict: bool = True) -> dict[str, Adapter]:
+    """The adapters that `method` makes for a model, by path, attached to nothing yet. Under `torch.device("meta")` only their shapes."""
+    targets = find(model, method, strict)
+    also = method.also(dict(modules(model)), targets)
+    built = method.build_all({p: cast(Site, m) for p, m in targets.items()})
+    for path, which in also.items():
+        built[path] = Replaced(cast(Site, model.get_submodule(path)), which)
+    for adapter in built.values():
+        adapter.method = method
+    return built
+
+
+def put(model: nn.Module, built: dict[str, Adapter], name: str) -> None:
+    """Attach built adapters under a name. They do not work before `use`."""
+    for path, adapter in built.items():
+        module = model.get_submodule(path)
+        place = next((p.device for p in module.parameters(recurse=False)), torch.device("cpu"))
+        site = open_site(module, path)
+        slot_of(site)[name] = adapter.to(place).train(module.training)
+
+
+def check_new(model: nn.Module, name: str) -> None:
+    """Raise WeftError unless `name` may be given to a new adapter of this model."""
+    if not isinstance(name, str) or not name or "." in name or name == "base":
+        raise WeftError(f"{name!r} cannot name an adapter: use any text that is not empty, has no dot and is not 'base'")
+    if name in names(model):
+        raise WeftError(f"this model has an adapter named {name!r} already: choose another name, or weft.remove(model, {name!r}) first")
+
+
+def names(model: nn.Module) -> list[str]:
+    """The adapters attached to a model, in the order in which they came."""
+    found: dict[str, None] = {}
+    for site in sites(model).values():
+        found.update(dict.fromkeys(slot_of(site)))
+    return list(found)
+
+
+def active(model: nn.Module) -> tuple[str, ...]:
+    """The adapters that work now."""
+    found: dict[str, None] = {}
+    for site in sites(model).values():
+        found.update(dict.fromkeys(site.active))
+    return tuple(found)
+
+
+def attached(model: nn.Module, name: str) -> dict[str, Adapter]:
+    """The parts of one named adapter, by the path of their layer. Raises WeftError for an unknown name."""
+    found = {path: slot_of(site)[name] for path, site in sites(model).items() if name in slot_of(site)}
+    if not found:
+        have = names(model)
+        raise WeftError(f"no adapter named {name!r} here" + (f"; there are {', '.join(map(repr, have))}" if have else ": this model has none"))
+    return found
+
+
+def trainable(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
+    """The parameters of one named adapter as "<path>.<parameter>", in a stable order; shared ones once."""
+    seen: dict[int, None] = {}
+    found: dict[str, nn.Parameter] = {}
+    for path, adapter in attached(model, name).items():
+        for key, p in adapter.named_parameters():
+            if id(p) not in seen:
+                seen[id(p)] = None
+                found[f"{path}.{key}"] = p
+    return found
+
+
+def use(model: nn.Module, names: str | Sequence[str] | None) -> None:
+    """Choose the adapters that work: one name, several (each stands around the last; low-rank updates add up), or None for the bare base.
+
+    Changes neither weights nor requires_grad. Raises WeftError for an unknown name, or while adapters are merged into the base.
+    """
+    chosen = () if names is None else (names,) if isinstance(names, str) else tuple(names)
+    found = sites(model)
+    _known(found, chosen)
+    if merged := {n for site in found.values() for n in site.__dict__.get("kept_for", ())}:
+        raise WeftError(f"{', '.join(sorted(merged))} is merged into the base: call weft.unmerge(model) before choosing other adapters")
+    for site in found.values():
+        activate(site, chosen)
+
+
+@contextmanager
+def using(model: nn.Module, names: str | Sequence[str] | None) -> Iterator[None]:
+    """`use` for the length of a with-block; afterwards the adapters that worked before work again."""
+    before = active(model)
+    use(model, names)
+    try:
+        yield
+    finally:
+        use(model, before)
+
+
+@contextmanager
+def rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
+    """Inside this with-block row i of every batch goes through the adapter `names[i]`, or through the bare base where that is None.
+
+    Works with `model.generate`, beam search included (each beam keeps its row's adapter). Raises WeftError for an unknown name.
+    """
+    found = sites(model)
+    distinct = tuple(dict.fromkeys(n for n in names if n is not None))
+    _known(found, distinct)
+    before = {path: site.active for path, site in found.items()}
+    try:
+        for path, site in found.items():
+            slot = slot_of(site)
+            here = [n for n in distinct if n in slot]
+            owner = [here.index(n) if n in here else -1 for n in names]
+            place = cast(Any, next(iter(slot[here[0]].parameters()))).device if here else None
+            activate(site, Mixture([slot[n] for n in here], torch.tensor(owner, device=place), path) if here else ())
+        yield
+    finally:
+        for path, site in found.items():
+            activate(site, before[path])
+
+
+def remove(model: nn.Module, name: str | None = None) -> None:
+    """Take one named adapter off (None: all of them). A layer whose slot is empty becomes its own class again, bit for bit the base."""
+    if name is not None:
+        attached(model, name)  # an unknown name is an error
+    for site in sites(model).values():
+        if "kept" in site.__dict__:
+            raise WeftError("adapters are merged into this base: call weft.unmerge(model) first")
+        slot = slot_of(site)
+        for gone in [n for n in slot if name in (None, n)]:
+            del slot[gone]
+        activate(site, tuple(n for n in site.active if n in slot))
+        if not len(slot):
+            close_site(site)
+
+
+def _known(found: dict[str, Site], chosen: Sequence[str]) -> None:
+    have = {n for site in found.values() for n in slot_of(site)}
+    if unknown := [n for n in chosen if n not in have]:
+        there = f"there are {', '.join(map(repr, sorted(have)))}" if have else "this model has none"
+        raise WeftError(f"no adapter named {', '.join(map(repr, unknown))} here; {there}")

@@ -1,0 +1,111 @@
+"""Merging adapters into the base's weights, and restoring the base's own bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from weft.adapters.attach import _known, active, remove
+from weft.core import Site, WeftError, activate, modules, sites, slot_of
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def merge(model: Model, names: str | Sequence[str] | None = None, *, keep: bool = True, untie: bool = False) -> Model:
+    """Fold adapters into the weights: the same function without the adapters' cost. Each weight is computed in fp32 and rounded once.
+
+    Args:
+        names: Which adapters, in the order in which they stand around the layers. None: those that work now.
+        keep: Keep the base's own parameters (as much memory again as the adapted layers), so that `unmerge` restores them exactly.
+            False: merge for good; all adapters are dropped and the model is a plain one again.
+        untie: Allow merging into a weight that another layer shares (a tied head): the layer gets a weight of its own.
+    Raises:
+        WeftError: nothing to merge, merged already, a method that has no merged form, or a shared weight without `untie`.
+            Nothing has been changed then.
+    """
+    found = sites(model)
+    chosen = active(model) if names is None else (names,) if isinstance(names, str) else tuple(names)
+    _known(found, chosen)
+    if any("kept" in site.__dict__ for site in found.values()):
+        raise WeftError("adapters are merged into this base already: call weft.unmerge(model) first")
+    if not chosen:
+        raise WeftError("nothing to merge: no adapter is active. Name one, as in weft.merge(model, 'default')")
+    here = {p: s for p, s in found.items() if any(n in slot_of(s) for n in chosen)}
+    _check(model, here, chosen, untie)
+    with torch.no_grad():
+        for site in here.values():
+            _fold(site, chosen)
+    if untie and getattr(getattr(model, "config", None), "tie_word_embeddings", False):
+        cast(Any, model).config.tie_word_embeddings = False
+    if not keep:
+        for site in here.values():
+            del site.__dict__["kept"], site.__dict__["kept_for"]
+        remove(model)
+    return model
+
+
+def unmerge(model: Model) -> Model:
+    """Give the base its own parameters back, byte for byte, and let the adapters that were merged work as before."""
+    found = [site for site in sites(model).values() if "kept" in site.__dict__]
+    if not found:
+        raise WeftError("nothing to unmerge: no adapter is merged into this base")
+    for site in found:
+        module = cast(nn.Module, site)
+        for name, own in site.__dict__.pop("kept").items():
+            module._parameters[name] = own
+        activate(site, site.__dict__.pop("kept_for"))
+    return model
+
+
+def _fold(site: Site, chosen: Sequence[str]) -> None:
+    module, slot, before = cast(nn.Module, site), slot_of(site), site.active
+    kept: dict[str, nn.Parameter | None] = {}
+    activate(site, ())
+    for name in chosen:
+        if name not in slot:
+            continue
+        for key, value in slot[name].merged(site).items():
+            own = module._parameters.get(key)
+            kept.setdefault(key, own)
+            if own is None and not value.any():
+                continue  # a bias that neither the layer nor the adapter has
+            like: Tensor = own if own is not None else next(module.parameters(recurse=False))
+            module._parameters[key] = nn.Parameter(value.to(like.dtype), requires_grad=False)
+    rest = tuple(n for n in before if n not in chosen)
+    activate(site, rest)
+    site.__dict__["kept"], site.__dict__["kept_for"] = kept, before
+
+
+def _check(model: nn.Module, here: dict[str, Site], chosen: Sequence[str], untie: bool) -> None:
+    wrong = []
+    for name in chosen:
+        for path, site in here.items():
+            if name in slot_of(site) and not slot_of(site)[name].method.mergeable:
+                wrong.append(f"{name!r} is a {type(slot_of(site)[name].method).__name__}, which is no change of weights and cannot be merged")
+                break
+    owners: dict[int, list[str]] = {}
+    for path, module in modules(model):
+        for p in module._parameters.values():
+            if p is not None:
+                owners.setdefault(id(p), []).append(path)
+    if not untie:
+        for path, site in here.items():
+            for key, p in cast(nn.Module, site)._parameters.items():
+                shared = [q for q in owners.get(id(p), []) if q != path] if p is not None else []
+                together = all(q in here and set(chosen) & set(slot_of(here[q])) for q in shared)
+                if shared and not (together and _same(site, [here[q] for q in shared], key, chosen)):
+                    wrong.append(
+                        f"{path}.{key} is shared with {', '.join(shared)}: merging would change that layer too. Pass untie=True to give "
+                        f"{path} a weight of its own, or leave it out of the adapter's targets"
+                    )
+    if wrong:
+        raise WeftError("\n".join(wrong))
+
+
+def _same(site: Site, others: Sequence[Site], key: str, chosen: Sequence[str]) -> bool:
+    """Whether the tied layers are replaced by one and the same tied parameter (full fine-tuning keeps ties)."""
+    mine = [slot_of(site)[n]._parameters.get(key) for n in chosen if n in slot_of(site)]
+    return mine[-1] is not None and all(slot_of(o)[n]._parameters.get(key) is mine[-1] for o in others for n in chosen if n in slot_of(o))

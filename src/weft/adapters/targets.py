@@ -1,0 +1,97 @@
+"""Which layers a method adapts: names, globs and regular expressions against the paths of a model's modules."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from weft.core import Method, WeftError, base_class, is_linear, modules
+
+HEADS = ("score", "classifier")  # the task heads of transformers' classifiers, which have no get_output_embeddings()
+
+
+def find(model: nn.Module, method: Method, strict: bool = True) -> dict[str, nn.Module]:
+    """The modules that `method` adapts, by path, in the model's order.
+
+    Args:
+        strict: Every single target must match something. Without it (files made elsewhere) only no match at all is an error.
+    Raises:
+        WeftError: naming each target that matches nothing, or nothing that the method can adapt, with what could have matched.
+    """
+    everything = dict(modules(model))
+    able = {path: m for path, m in everything.items() if method.accepts(m) and not _bypassed(everything, path)}
+    head = _heads(model, everything)
+    chosen: set[str] = set()
+    wrong: list[str] = []
+    for target in _several(method.targets):
+        if target in ("all-linear", "all"):
+            hits = {p for p, m in able.items() if target == "all" or (is_linear(m) and p not in head)}
+        else:
+            hits = {p for p in able if matcher(target)(p)}
+            if not hits and strict:
+                wrong.append(_why(target, everything, able, method))
+        chosen |= hits
+    out = [e for e in _several(method.exclude) if not any(matcher(e)(p) for p in everything)] if strict else []
+    wrong += [f"exclude={e!r} matches no module" for e in out]
+    chosen -= {p for p in chosen if any(matcher(e)(p) for e in _several(method.exclude))}
+    if wrong or not chosen:
+        what = "\n  ".join(wrong) or f"targets={method.targets!r} with exclude={method.exclude!r} leaves no layer to adapt"
+        raise WeftError(f"{what}\n{type(method).__name__} can adapt {method.site}. In this model: {listing(able)}")
+    return {path: m for path, m in able.items() if path in chosen}
+
+
+def matcher(target: str) -> Callable[[str], bool]:
+    """Whether a path is meant by a target: a path or its end, a glob for either, or "re:" and a regular expression for the whole path."""
+    if target.startswith("re:"):
+        try:
+            pattern = re.compile(target[3:])
+        except re.error as e:
+            raise WeftError(f"{target!r} is no regular expression: {e}") from None
+        return lambda path: pattern.fullmatch(path) is not None
+    if any(c in target for c in "*?["):
+        return lambda path: fnmatchcase(path, target) or fnmatchcase(path, f"*.{target}")
+    return lambda path: path == target or path.endswith(f".{target}")
+
+
+def listing(found: Mapping[str, nn.Module], most: int = 20) -> str:
+    """The ends of many paths with their types and numbers: "q_proj (Linear × 32), lm_head (Linear)"."""
+    kinds = Counter((path.rpartition(".")[2] or "(the model itself)", base_class(m).__name__) for path, m in found.items())
+    if not kinds:
+        return "nothing"
+    names = [f"{name} ({kind}{f' × {n}' if n > 1 else ''})" for (name, kind), n in kinds.items()]
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def _several(given: str | tuple[str, ...]) -> tuple[str, ...]:
+    return (given,) if isinstance(given, str) else given
+
+
+def _heads(model: nn.Module, everything: Mapping[str, nn.Module]) -> set[str]:
+    """Paths of the output head, which "all-linear" leaves out: it is a task's own, often tied to the embedding, and costs most."""
+    ask = getattr(model, "get_output_embeddings", None)
+    if ask is None:
+        return set()
+    head = ask()
+    return {p for p, m in everything.items() if (head is not None and m is head) or p in HEADS}
+
+
+def _bypassed(everything: Mapping[str, nn.Module], path: str) -> bool:
+    """nn.MultiheadAttention reads out_proj's weight and never calls its forward, so an adapter there would do nothing."""
+    return isinstance(everything.get(path.rpartition(".")[0]), nn.MultiheadAttention)
+
+
+def _why(target: str, everything: Mapping[str, nn.Module], able: Mapping[str, nn.Module], method: Method) -> str:
+    match = matcher(target)
+    hits = [p for p in everything if match(p)]
+    if hits:
+        kind = base_class(everything[hits[0]]).__name__
+        if _bypassed(everything, hits[0]):
+            return f"targets={target!r} is inside nn.MultiheadAttention, which never calls it: an adapter there would do nothing"
+        return f"targets={target!r} matches only {kind} ({hits[0]}), which {type(method).__name__} cannot adapt"
+    near = get_close_matches(target, sorted({p.rpartition(".")[2] for p in able} | set(able)), n=1)
+    return f"targets={target!r} matches no module" + (f"; did you mean {near[0]!r}?" if near else "")

@@ -1,0 +1,87 @@
+"""An adapter: a small trainable module that stands around one frozen layer; and a mixture, where each row has its own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from weft.core.errors import WeftError
+from weft.core.layers import features, is_conv1d, is_linear
+from weft.core.site import Around, Site, base_class, plain
+
+if TYPE_CHECKING:
+    from weft.core.method import Method
+
+
+class Adapter(nn.Module):
+    """Advice around a frozen layer. Parameters are fp32 masters, made on the CPU so that a seed means the same on every device."""
+
+    method: Method  # who built it; set by `adapt` and `load`
+
+    def forward(self, layer: Site | Around, *inputs: Any, **kwargs: Any) -> Any:
+        """What the layer now computes; `layer.frozen(*inputs)` is what it computed before."""
+        raise NotImplementedError(f"{type(self).__name__} has no forward")
+
+    def merged(self, layer: Site | Around) -> dict[str, Tensor]:
+        """The parameters, in fp32 and in the layer's own layout, of the one plain layer that computes what layer and adapter do together.
+
+        Found by probing: a linear map is known by its values at 0 and at the unit vectors, an embedding by its rows.
+        Override it where a closed form exists. Raises WeftError for a layer that probing cannot see through.
+        """
+        module = plain(layer)
+        device = next(self.parameters()).device
+        if isinstance(module, nn.Embedding):
+            return {"weight": self(layer, torch.arange(module.num_embeddings, device=device)).float()}
+        if not is_linear(module):
+            raise WeftError(f"{type(self).__name__} cannot be merged into a {base_class(module).__name__}")
+        eye = torch.eye(features(module)[0], dtype=module.weight.dtype, device=device)
+        bias = self(layer, torch.zeros_like(eye[:1]))[0].float()
+        weight = (self(layer, eye).float() - bias).T
+        return {"weight": weight.T if is_conv1d(module) else weight, "bias": bias}
+
+    def penalty(self) -> Tensor | float:
+        """What the method adds to the loss for this layer (a scalar)."""
+        return 0.0
+
+    @classmethod
+    def mixed(cls, mixture: Mixture, layer: Site, *inputs: Any, **kwargs: Any) -> Any:
+        """Row i of the batch through `mixture.adapters[mixture.rows[i]]`, or through the bare layer where that is -1.
+
+        This one goes adapter by adapter and is right for every method; override it where one pass can serve all.
+        """
+        rows = mixture.owners(inputs[0])
+        out: Tensor | None = None
+        for slot in rows.unique().tolist():
+            mine = (rows == slot).nonzero().squeeze(1)
+            part = [t[mine] if isinstance(t, Tensor) and t.shape[:1] == rows.shape else t for t in inputs]
+            y = layer.frozen(*part, **kwargs) if slot < 0 else mixture.adapters[slot](layer, *part, **kwargs)
+            out = y.new_zeros(len(rows), *y.shape[1:]) if out is None else out
+            out = out.index_copy(0, mine, y)
+        return out
+
+
+class Mixture:
+    """What a site does inside `weft.rows(...)`: every row of the batch through its own adapter, or through none."""
+
+    def __init__(self, adapters: Sequence[Adapter], rows: Tensor, path: str) -> None:
+        self.adapters, self.rows, self.path = tuple(adapters), rows, path
+        kinds = {type(a) for a in adapters}
+        self.kind: type[Adapter] = kinds.pop() if len(kinds) == 1 else Adapter
+        self.cache: dict[Any, Any] = {}  # for `mixed`: whatever it wants to keep from one call to the next
+
+    def owners(self, x: Tensor) -> Tensor:
+        """(rows of x,) the adapter of each row of x. Beam search repeats every row: k beams of row i stand side by side."""
+        n, given = x.shape[0], len(self.rows)
+        if n == given:
+            return self.rows
+        if n % given == 0 and (x.dim() > 2 or not x.is_floating_point()):
+            return self.rows.repeat_interleave(n // given)
+        raise WeftError(
+            f"weft.rows was given {given} names, but {self.path or 'the model'} received {n} rows. Give one name for every row of the batch."
+        )
+
+    def forward(self, layer: Site, *inputs: Any, **kwargs: Any) -> Any:
+        return self.kind.mixed(self, layer, *inputs, **kwargs)

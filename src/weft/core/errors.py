@@ -1,0 +1,8 @@
+"""The one exception a user sees for a mistake of theirs."""
+
+
+class WeftError(Exception):
+    """The user's mistake: the message says what is wrong, where, and what to write instead.
+
+    The command line prints it without a traceback and exits with code 2. Anything else that escapes is our own fault.
+    """

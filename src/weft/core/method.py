@@ -1,0 +1,94 @@
+"""A method: the hyper-parameters of a way to fine-tune, which layers it adapts, and how it builds their adapters."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from difflib import get_close_matches
+from typing import Any, ClassVar, Self
+
+from torch import nn
+
+from weft.core.adapter import Adapter
+from weft.core.errors import WeftError
+from weft.core.site import Site
+
+METHODS: dict[str, type[Method]] = {}  # every concrete method by the name of its class
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method(ABC):
+    """Hyper-parameters of a PEFT method. A subclass is one file in methods/; defining it registers it.
+
+    Args:
+        targets: Which layers to adapt: "all-linear" (every linear layer but the output head), or one or several of: a name
+            ("q_proj", "layers.0.mlp.up_proj": the path or its end), a glob ("*.layers.1?.*"), a regular expression ("re:.*(q|v)_proj").
+        exclude: Layers to leave out, written like targets.
+    """
+
+    targets: str | tuple[str, ...] = "all-linear"
+    exclude: str | tuple[str, ...] = ()
+
+    mergeable: ClassVar[bool] = True  # whether layer and adapter together are one plain layer
+    default_lr: ClassVar[float] = 2e-4  # the learning rate that `weft train` starts from, for AdamW
+    site: ClassVar[str] = "layers"  # for messages: what this method can adapt
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        METHODS[cls.__name__] = cls
+
+    def __post_init__(self) -> None:
+        for name in ("targets", "exclude"):  # a list is welcome, but a frozen value must be hashable
+            value = getattr(self, name)
+            if not isinstance(value, str):
+                object.__setattr__(self, name, tuple(value))
+
+    @abstractmethod
+    def accepts(self, layer: nn.Module) -> bool:
+        """Whether this method can adapt such a layer."""
+
+    @abstractmethod
+    def build(self, layer: Site, path: str) -> Adapter:
+        """The adapter of one layer, starting as the identity unless the paper says otherwise."""
+
+    def build_all(self, layers: Mapping[str, Site]) -> dict[str, Adapter]:
+        """The adapters of all layers by path. Override it to share state between layers."""
+        return {path: self.build(layer, path) for path, layer in layers.items()}
+
+    def also(self, modules: Mapping[str, nn.Module], targets: Mapping[str, nn.Module]) -> dict[str, tuple[str, ...]]:
+        """Parameters of the base that this method trains whole, beside the adapters: module path -> names ("bias",)."""
+        return {}
+
+    def lr_scale(self, parameter: str) -> float:
+        """The learning rate of an adapter's parameter over that of the run."""
+        return 1.0
+
+    def after_step(self, adapters: Mapping[str, Adapter], step: int, steps: int) -> None:
+        """Called after every optimiser step, for methods that move their rank or budget while training."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """{"name": ..., hyper-parameters}, fit for JSON and for `Method.from_dict`."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {"name": type(self).__name__} | {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+
+    @staticmethod
+    def from_dict(given: Mapping[str, Any]) -> Method:
+        """The method that `to_dict` described. Raises WeftError on an unknown name or hyper-parameter."""
+        values = dict(given)
+        cls = METHODS.get(str(values.pop("name", "")))
+        if cls is None:
+            raise WeftError(f"unknown method {given.get('name')!r}; there are {', '.join(sorted(METHODS))}")
+        return cls._checked(values)
+
+    @classmethod
+    def _checked(cls, values: Mapping[str, Any]) -> Self:
+        known = [f.name for f in fields(cls)]
+        wrong = []
+        for key in values:
+            if key not in known:
+                near = get_close_matches(key, known, n=1)
+                wrong.append(f"{cls.__name__} has no {key!r}" + (f"; did you mean {near[0]!r}?" if near else f"; it has {', '.join(known)}"))
+        if wrong:
+            raise WeftError("\n".join(wrong))
+        return cls(**values)

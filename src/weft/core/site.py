@@ -1,0 +1,178 @@
+"""A site: a module with a slot for adapters. It gains no parameter, and none of its own is renamed.
+
+A module becomes a site by swapping its class for `Site + its class`, as FSDP2 does. An empty slot costs one attribute
+test and gives the base back bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, cast
+
+from torch import nn
+
+from weft.core.errors import WeftError
+
+if TYPE_CHECKING:
+    from weft.core.adapter import Adapter, Mixture
+
+SLOT = "weft"  # the name under which a site's adapters appear in `state_dict()`: `<module>.weft.<adapter>.<parameter>`
+
+
+class Slot(nn.Module):
+    """The named adapters of one site. A plain container: any name without a dot will do, `keys` and `0` too."""
+
+    def __len__(self) -> int:
+        return len(self._modules)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._modules
+
+    def __getitem__(self, name: str) -> Adapter:
+        return cast("Adapter", self._modules[name])
+
+    def __setitem__(self, name: str, adapter: Adapter) -> None:
+        self._modules[name] = adapter  # not add_module(): it refuses names such as "type" that nn.Module uses itself
+
+    def __delitem__(self, name: str) -> None:
+        del self._modules[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._modules)
+
+
+class Site:
+    """Mixin in front of a module's own class."""
+
+    active: tuple[str, ...]  # names of the adapters that work now, in the order in which they stand around the layer
+    plan: Any  # what forward calls: None (empty), an Adapter, a chain of them, or a Mixture that knows each row's own
+
+    def frozen(self, *inputs: Any, **kwargs: Any) -> Any:
+        """What this layer computed before any adapter."""
+        return super().forward(*inputs, **kwargs)  # type: ignore[misc]
+
+    def forward(self, *inputs: Any, **kwargs: Any) -> Any:
+        plan = self.plan
+        if plan is None:
+            return super().forward(*inputs, **kwargs)  # type: ignore[misc]
+        return plan.forward(self, *inputs, **kwargs)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # The swapped class has no importable name; pickle and deepcopy go by the class that it was made from.
+        return _blank, (base_class(self),), self.__getstate__()
+
+
+class Around:
+    """A layer as a further adapter sees it: its `frozen` already holds the adapters before it."""
+
+    def __init__(self, layer: Site | Around, inner: Adapter) -> None:
+        self.layer, self.inner = layer, inner
+
+    def frozen(self, *inputs: Any, **kwargs: Any) -> Any:
+        return self.inner.forward(self.layer, *inputs, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.layer, name)
+
+
+def plain(layer: Site | Around) -> Any:
+    """The module itself, whatever adapters stand between it and the caller."""
+    while isinstance(layer, Around):
+        layer = layer.layer
+    return layer
+
+
+class Chain:
+    """Several active adapters: each stands around the last."""
+
+    def __init__(self, adapters: tuple[Adapter, ...]) -> None:
+        self.adapters = adapters
+
+    def forward(self, layer: Site, *inputs: Any, **kwargs: Any) -> Any:
+        seen: Site | Around = layer
+        for inner in self.adapters[:-1]:
+            seen = Around(seen, inner)
+        return self.adapters[-1].forward(seen, *inputs, **kwargs)
+
+
+_opened: dict[type, type] = {}
+
+
+def _site_class(cls: type) -> type:
+    if cls not in _opened:
+        _opened[cls] = type(f"Site{cls.__name__}", (Site, cls), {"__module__": cls.__module__})
+    return _opened[cls]
+
+
+def _blank(cls: type) -> Any:
+    made = _site_class(cls)
+    return made.__new__(made)
+
+
+def base_class(module: object) -> type:
+    """The class that a module had before it became a site (its class, if it is none)."""
+    return type(module).__mro__[2] if isinstance(module, Site) else type(module)
+
+
+def open_site(module: nn.Module, path: str = "") -> Site:
+    """Give a module the slot. Does nothing to a module that has one."""
+    if isinstance(module, Site):
+        return module
+    if "forward" in module.__dict__:
+        raise WeftError(
+            f"{path or type(module).__name__}: its forward was replaced on the object itself (accelerate's device_map does this), so "
+            f"an adapter here would never be called. Load the model without device_map, or call model.to(device) instead."
+        )
+    module.register_module(SLOT, Slot())
+    module.__class__ = _site_class(type(module))
+    site = cast(Site, module)
+    _set(site, (), None)
+    return site
+
+
+def close_site(site: Site) -> None:
+    """Take the slot away again: the module is what it was, class and keys."""
+    module = cast(nn.Module, site)
+    cls = base_class(module)
+    del module._modules[SLOT]
+    del module.__dict__["active"], module.__dict__["plan"]
+    module.__class__ = cls
+
+
+def slot_of(site: Site) -> Slot:
+    """The container of a site's named adapters."""
+    return cast(Slot, cast(nn.Module, site)._modules[SLOT])
+
+
+def activate(site: Site, names: tuple[str, ...] | Mixture) -> None:
+    """Let these adapters of the slot work from now on; names that the slot does not hold pass it by."""
+    if not isinstance(names, tuple):
+        _set(site, site.active, names)
+        return
+    slot = slot_of(site)
+    here = tuple(n for n in names if n in slot)
+    _set(site, here, None if not here else slot[here[0]] if len(here) == 1 else Chain(tuple(slot[n] for n in here)))
+
+
+def _set(site: Site, active: tuple[str, ...], plan: Any) -> None:
+    # Past nn.Module's __setattr__, which would register the adapter a second time, as a submodule named "plan".
+    site.__dict__["active"], site.__dict__["plan"] = active, plan
+
+
+def modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The base's own modules by path, as `named_modules()`, but never inside a slot: the cost does not grow with the adapters."""
+    seen: set[int] = set()
+    stack: list[tuple[str, nn.Module]] = [("", model)]
+    while stack:
+        path, module = stack.pop()
+        if id(module) in seen or type(module) is Slot:
+            continue
+        seen.add(id(module))
+        yield path, module
+        prefix = f"{path}." if path else ""
+        stack.extend((prefix + name, child) for name, child in reversed(module._modules.items()) if child is not None)
+
+
+def sites(model: nn.Module) -> dict[str, Site]:
+    """Every site of a model by its path, in the model's own order; the model itself is the path ''."""
+    return {path: module for path, module in modules(model) if isinstance(module, Site)}

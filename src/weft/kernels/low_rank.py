@@ -1,0 +1,56 @@
+"""y + s·(x Aᵀ) Bᵀ, the update of LoRA (Hu et al. 2021, arXiv:2106.09685, eq. 3), without a temporary of y's size."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+
+def low_rank_add_reference(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
+    """The same in plain operations; the compiler fuses them better than any hand-written function here."""
+    return y + scale * F.linear(F.linear(x, A), B)
+
+
+class _LowRankAdd(torch.autograd.Function):
+    """Adds in place onto y, which is fresh from the frozen layer and of no other use; keeps S = xAᵀ (rank / in of x's size) for the way back."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
+        x2 = x.reshape(-1, x.shape[-1])
+        S = x2 @ A.T
+        y.view(-1, y.shape[-1]).addmm_(S, B.T, alpha=scale)
+        ctx.mark_dirty(y)
+        ctx.save_for_backward(x2, S, A, B)
+        ctx.scale, ctx.shape = scale, x.shape
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> Any:
+        x, S, A, B = ctx.saved_tensors
+        g2 = g.reshape(-1, g.shape[-1])
+        dS = (g2 @ B).mul_(ctx.scale)
+        dx = (dS @ A).view(ctx.shape) if ctx.needs_input_grad[1] else None
+        dA = dS.T @ x if ctx.needs_input_grad[2] else None
+        dB = (g2.T @ S).mul_(ctx.scale) if ctx.needs_input_grad[3] else None
+        return g, dx, dA, dB, None
+
+
+def low_rank_add(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
+    """y + scale · (x Aᵀ) Bᵀ, computed in y's dtype. May write into y.
+
+    Args:
+        y: (..., out), the frozen layer's output. x: (..., in). A: (rank, in). B: (out, rank). scale: alpha / rank.
+    """
+    if A.dtype != y.dtype:
+        x, A, B = x.to(y.dtype), A.to(y.dtype), B.to(y.dtype)
+    if torch.compiler.is_compiling() or not y.is_contiguous():
+        return low_rank_add_reference(y, x, A, B, scale)
+    if torch.is_grad_enabled():
+        return _LowRankAdd.apply(y, x, A, B, scale)  # type: ignore[no-any-return, no-untyped-call]
+    y.view(-1, y.shape[-1]).addmm_(F.linear(x, A).view(-1, A.shape[0]), B.T, alpha=scale)
+    return y

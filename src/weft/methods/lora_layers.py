@@ -1,0 +1,82 @@
+"""LoRA on layers that are not linear maps of their last axis: embeddings and convolutions. Shapes are those of peft's files."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from weft.core import Adapter, Around, Site, WeftError, plain
+from weft.quant import dense
+
+if TYPE_CHECKING:
+    from weft.methods.lora import LoRA
+
+
+def _refuse_biases(method: LoRA, what: str) -> None:
+    if method.lora_bias:
+        raise WeftError(f"lora_bias: {what} has no place for it; leave it out or target linear layers only")
+
+
+class LowRankEmbedding(Adapter):
+    """e(i) = W[i] + s · (B A)ᵀ[i], with A (rank, vocabulary) starting at zero and B (width, rank)."""
+
+    def __init__(self, method: LoRA, layer: Site, rank: int, scale: float) -> None:
+        super().__init__()
+        _refuse_biases(method, "an embedding")
+        module: Any = layer
+        self.scale = scale
+        self.A = nn.Parameter(torch.zeros(rank, module.num_embeddings))
+        self.B = nn.Parameter(nn.init.normal_(torch.empty(module.embedding_dim, rank)))
+
+    def forward(self, layer: Site | Around, ids: Tensor) -> Tensor:
+        y = layer.frozen(ids)
+        wide = getattr(plain(layer), "embed_scale", 1.0)  # Gemma multiplies its embeddings by √width inside the module
+        return y + (F.embedding(ids, self.A.T) @ self.B.T * self.scale * wide).to(y.dtype)  # type: ignore[no-any-return]
+
+    def merged(self, layer: Site | Around) -> dict[str, Tensor]:
+        return {"weight": torch.addmm(dense(plain(layer)).float(), self.A.detach().T, self.B.detach().T, alpha=self.scale)}
+
+
+class LowRankConv(Adapter):
+    """y = conv(x, W) + s · conv₁ₓ₁(conv(x, A), B), where A (rank, in, *kernel) has the layer's stride, padding and dilation.
+
+    With groups, A is ungrouped and B (out, rank / groups, 1, ...) carries them, as in peft.
+    """
+
+    def __init__(self, method: LoRA, layer: Site, rank: int, scale: float) -> None:
+        super().__init__()
+        _refuse_biases(method, "a convolution")
+        conv: Any = layer
+        if rank % conv.groups:
+            raise WeftError(f"a rank of {rank} on a convolution with {conv.groups} groups: the rank must be a multiple of the groups")
+        self.scale, self.dropout = scale, method.dropout
+        self.A = method.first(torch.empty(rank, conv.in_channels, *conv.kernel_size))
+        self.B = nn.Parameter(torch.zeros(conv.out_channels, rank // conv.groups, *(1 for _ in conv.kernel_size)))
+        own = conv.bias if method.bias != "none" else None
+        self.bias = None if own is None else nn.Parameter(own.detach().to("cpu" if not own.is_meta else "meta", torch.float32, copy=True))
+
+    def forward(self, layer: Site | Around, x: Tensor) -> Tensor:
+        conv = plain(layer)
+        y = layer.frozen(x)
+        if self.training and self.dropout:
+            x = F.dropout(x, self.dropout)
+        convolve: Any = (F.conv1d, F.conv2d, F.conv3d)[len(conv.kernel_size) - 1]
+        padding = conv.padding
+        if conv.padding_mode != "zeros":
+            x, padding = F.pad(x, conv._reversed_padding_repeated_twice, mode=conv.padding_mode), 0
+        S = convolve(x.to(y.dtype), self.A.to(y.dtype), stride=conv.stride, padding=padding, dilation=conv.dilation)
+        y = y + self.scale * convolve(S, self.B.to(y.dtype), groups=conv.groups)
+        if self.bias is not None:
+            y = y + (self.bias - conv.bias).to(y.dtype).view(-1, *(1 for _ in conv.kernel_size))
+        return y  # type: ignore[no-any-return]
+
+    def merged(self, layer: Site | Around) -> dict[str, Tensor]:
+        conv = plain(layer)
+        if conv.groups > 1:
+            raise WeftError(f"a convolution with {conv.groups} groups cannot hold this update: A mixes channels across groups. Keep it unmerged.")
+        W, A, B = dense(conv).float(), self.A.detach(), self.B.detach()
+        new = {"weight": W + self.scale * (B.flatten(1) @ A.flatten(1)).view(W.shape)}
+        return new if self.bias is None else new | {"bias": self.bias.detach()}
