@@ -83,7 +83,9 @@ def attached(model: nn.Module, name: str) -> dict[str, Adapter]:
     found = {path: slot_of(site)[name] for path, site in sites(model).items() if name in slot_of(site)}
     if not found:
         have = names(model)
-        raise WeftError(f"no adapter named {name!r} here" + (f"; there are {', '.join(map(repr, have))}" if have else ": this model has none"))
+        raise WeftError(
+            f"no adapter named {name!r} here" + (f"; there are {', '.join(map(repr, have))}" if have else ": this model has none")
+        )
     return found
 
 

@@ -35,9 +35,10 @@ def merge(model: Model, names: str | Sequence[str] | None = None, *, keep: bool 
         raise WeftError("nothing to merge: no adapter is active. Name one, as in weft.merge(model, 'default')")
     here = {p: s for p, s in found.items() if any(n in slot_of(s) for n in chosen)}
     _check(model, here, chosen, untie)
+    tied: dict[int, nn.Parameter] = {}
     with torch.no_grad():
         for site in here.values():
-            _fold(site, chosen)
+            _fold(site, chosen, tied)
     if untie and getattr(getattr(model, "config", None), "tie_word_embeddings", False):
         cast(Any, model).config.tie_word_embeddings = False
     if not keep:
@@ -60,7 +61,7 @@ def unmerge(model: Model) -> Model:
     return model
 
 
-def _fold(site: Site, chosen: Sequence[str]) -> None:
+def _fold(site: Site, chosen: Sequence[str], tied: dict[int, nn.Parameter]) -> None:
     module, slot, before = cast(nn.Module, site), slot_of(site), site.active
     kept: dict[str, nn.Parameter | None] = {}
     activate(site, ())
@@ -73,7 +74,9 @@ def _fold(site: Site, chosen: Sequence[str]) -> None:
             if own is None and not value.any():
                 continue  # a bias that neither the layer nor the adapter has
             like: Tensor = own if own is not None else next(module.parameters(recurse=False))
-            module._parameters[key] = nn.Parameter(value.to(like.dtype), requires_grad=False)
+            new = nn.Parameter(value.to(like.dtype, copy=True), requires_grad=False)
+            source = slot[name]._parameters.get(key)  # a whole trained copy, which tied layers share: they stay tied
+            module._parameters[key] = new if source is None else tied.setdefault(id(source), new)
     rest = tuple(n for n in before if n not in chosen)
     activate(site, rest)
     site.__dict__["kept"], site.__dict__["kept_for"] = kept, before
@@ -82,10 +85,8 @@ def _fold(site: Site, chosen: Sequence[str]) -> None:
 def _check(model: nn.Module, here: dict[str, Site], chosen: Sequence[str], untie: bool) -> None:
     wrong = []
     for name in chosen:
-        for path, site in here.items():
-            if name in slot_of(site) and not slot_of(site)[name].method.mergeable:
-                wrong.append(f"{name!r} is a {type(slot_of(site)[name].method).__name__}, which is no change of weights and cannot be merged")
-                break
+        kinds = {type(slot_of(site)[name].method) for site in here.values() if name in slot_of(site)}
+        wrong += [f"{name!r} is a {k.__name__}, which is no change of weights and cannot be merged" for k in kinds if not k.mergeable]
     owners: dict[int, list[str]] = {}
     for path, module in modules(model):
         for p in module._parameters.values():

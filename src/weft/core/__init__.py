@@ -5,9 +5,42 @@ from weft.core.errors import WeftError
 from weft.core.layers import features, is_conv, is_conv1d, is_linear
 from weft.core.method import METHODS, Method
 from weft.core.replaced import Replaced
-from weft.core.site import SLOT, Around, Site, Slot, activate, base_class, close_site, modules, open_site, plain, sites, slot_of
+from weft.core.site import (
+    SLOT,
+    Around,
+    Site,
+    Slot,
+    activate,
+    base_class,
+    close_site,
+    modules,
+    open_site,
+    plain,
+    sites,
+    slot_of,
+)
 
 __all__ = [
-    "METHODS", "SLOT", "Adapter", "Around", "Method", "Mixture", "Replaced", "Site", "Slot", "WeftError", "activate", "base_class", "close_site",
-    "features", "is_conv", "is_conv1d", "is_linear", "modules", "open_site", "plain", "sites", "slot_of",
-]  # fmt: skip
+    "METHODS",
+    "SLOT",
+    "Adapter",
+    "Around",
+    "Method",
+    "Mixture",
+    "Replaced",
+    "Site",
+    "Slot",
+    "WeftError",
+    "activate",
+    "base_class",
+    "close_site",
+    "features",
+    "is_conv",
+    "is_conv1d",
+    "is_linear",
+    "modules",
+    "open_site",
+    "plain",
+    "sites",
+    "slot_of",
+]

@@ -54,7 +54,7 @@ class Adapter(nn.Module):
         """
         rows = mixture.owners(inputs[0])
         out: Tensor | None = None
-        for slot in rows.unique().tolist():
+        for slot in sorted(set(rows.tolist())):
             mine = (rows == slot).nonzero().squeeze(1)
             part = [t[mine] if isinstance(t, Tensor) and t.shape[:1] == rows.shape else t for t in inputs]
             y = layer.frozen(*part, **kwargs) if slot < 0 else mixture.adapters[slot](layer, *part, **kwargs)
@@ -80,7 +80,7 @@ class Mixture:
         if n % given == 0 and (x.dim() > 2 or not x.is_floating_point()):
             return self.rows.repeat_interleave(n // given)
         raise WeftError(
-            f"weft.rows was given {given} names, but {self.path or 'the model'} received {n} rows. Give one name for every row of the batch."
+            f"weft.rows was given {given} names, but {self.path or 'the model'} received {n} rows. Give one name for every row."
         )
 
     def forward(self, layer: Site, *inputs: Any, **kwargs: Any) -> Any:

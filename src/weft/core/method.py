@@ -64,7 +64,7 @@ class Method(ABC):
         """The learning rate of an adapter's parameter over that of the run."""
         return 1.0
 
-    def after_step(self, adapters: Mapping[str, Adapter], step: int, steps: int) -> None:
+    def after_step(self, adapters: Mapping[str, Adapter], step: int, steps: int) -> None:  # noqa: B027 (most methods do nothing here)
         """Called after every optimiser step, for methods that move their rank or budget while training."""
 
     def to_dict(self) -> dict[str, Any]:
@@ -88,7 +88,8 @@ class Method(ABC):
         for key in values:
             if key not in known:
                 near = get_close_matches(key, known, n=1)
-                wrong.append(f"{cls.__name__} has no {key!r}" + (f"; did you mean {near[0]!r}?" if near else f"; it has {', '.join(known)}"))
+                hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(known)}"
+                wrong.append(f"{cls.__name__} has no {key!r}; {hint}")
         if wrong:
             raise WeftError("\n".join(wrong))
         return cls(**values)

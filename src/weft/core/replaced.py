@@ -37,9 +37,9 @@ class Replaced(Adapter):
 
     def forward(self, layer: Site | Around, *inputs: Any, **kwargs: Any) -> Any:
         module = plain(layer)
-        if layer is not module:
+        if isinstance(layer, Around):
             raise NotImplementedError("a replaced layer is the layer itself: it must be the innermost of several active adapters")
-        base = object.__new__(base_class(module))  # the same state under the base's own class, so that its forward has no slot
+        base: Any = object.__new__(base_class(module))  # the same state under the base's own class, so that its forward has no slot
         base.__dict__ = module.__dict__
         own = {name: p.to(module._parameters[name].dtype) for name, p in self._parameters.items() if p is not None}
         return torch.func.functional_call(base, own, inputs, kwargs)

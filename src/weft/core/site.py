@@ -105,7 +105,7 @@ def _site_class(cls: type) -> type:
 
 
 def _blank(cls: type) -> Any:
-    made = _site_class(cls)
+    made: Any = _site_class(cls)
     return made.__new__(made)
 
 

@@ -16,7 +16,7 @@ def low_rank_add_reference(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: fl
 
 
 class _LowRankAdd(torch.autograd.Function):
-    """Adds in place onto y, which is fresh from the frozen layer and of no other use; keeps S = xAᵀ (rank / in of x's size) for the way back."""
+    """Adds in place onto y, which is fresh from the frozen layer and of no other use; keeps S = xAᵀ, rank / in of x's size."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from weft.core import Adapter, Around, Method, Mixture, Site, WeftError, features, is_conv, is_conv1d, is_linear, plain
 from weft.kernels.low_rank import low_rank_add
-from weft.methods.lora_layers import LowRankConv, LowRankEmbedding
+from weft.methods.lora_layers import LowRankConv, LowRankEmbedding, stacked
 from weft.quant import dense
 
 
@@ -37,7 +37,7 @@ class LowRank(Adapter):
         self.bias = None if own is None else nn.Parameter(own.detach().to("cpu" if not own.is_meta else "meta", torch.float32, copy=True))
 
     def forward(self, layer: Site | Around, x: Tensor) -> Tensor:
-        y = layer.frozen(x)
+        y: Tensor = layer.frozen(x)
         if self.training and self.dropout:
             x = F.dropout(x, self.dropout)
         y = low_rank_add(y, x, self.A, self.B, self.scale)
@@ -64,26 +64,9 @@ class LowRank(Adapter):
             return super().mixed(mixture, layer, *inputs, **kwargs)
         (x,) = inputs
         rows, y = mixture.owners(x), layer.frozen(x)
-        A, B = _stacked(mixture, rows, y.dtype)
+        A, B = stacked(mixture, rows, y.dtype)
         S = torch.bmm(x.reshape(len(rows), -1, x.shape[-1]).to(y.dtype), A)
         return torch.baddbmm(y.view(len(rows), -1, y.shape[-1]), S, B).view(y.shape)
-
-
-def _stacked(mixture: Mixture, rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """(rows, in, rank) and (rows, rank, out) with the scale in it; zeros for rows without adapter. Kept while no weight changes."""
-    many: Any = mixture.adapters
-    keep = not torch.is_grad_enabled() and not any(a.A.is_inference() for a in many)
-    key = (len(rows), dtype, *(v for a in many for v in (a.A._version, a.B._version))) if keep else None
-    if keep and key in mixture.cache:
-        return mixture.cache[key]  # type: ignore[no-any-return]
-    rank = max(a.A.shape[0] for a in many)
-    A = torch.stack([F.pad(a.A.to(dtype), (0, 0, 0, rank - a.A.shape[0])) for a in many])
-    B = torch.stack([F.pad(a.B.to(dtype) * a.scale, (0, rank - a.B.shape[1])) for a in many])
-    with_none = rows.clamp_min(0)
-    out = A[with_none].mT, (B[with_none] * (rows >= 0).to(dtype)[:, None, None]).mT
-    if keep:
-        mixture.cache = {key: out}
-    return out
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""LoRA on layers that are not linear maps of their last axis: embeddings and convolutions. Shapes are those of peft's files."""
+"""LoRA on embeddings and convolutions (shapes are those of peft's files), and the stacks for rows with an adapter each."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from weft.core import Adapter, Around, Site, WeftError, plain
+from weft.core import Adapter, Around, Mixture, Site, WeftError, plain
 from weft.quant import dense
 
 if TYPE_CHECKING:
@@ -76,7 +76,24 @@ class LowRankConv(Adapter):
     def merged(self, layer: Site | Around) -> dict[str, Tensor]:
         conv = plain(layer)
         if conv.groups > 1:
-            raise WeftError(f"a convolution with {conv.groups} groups cannot hold this update: A mixes channels across groups. Keep it unmerged.")
+            raise WeftError(f"a convolution with {conv.groups} groups cannot hold this update: A mixes its channels. Keep it unmerged")
         W, A, B = dense(conv).float(), self.A.detach(), self.B.detach()
         new = {"weight": W + self.scale * (B.flatten(1) @ A.flatten(1)).view(W.shape)}
         return new if self.bias is None else new | {"bias": self.bias.detach()}
+
+
+def stacked(mixture: Mixture, rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(rows, in, rank) and (rows, rank, out) with the scale in it; zeros for rows without adapter. Kept while no weight changes."""
+    many: Any = mixture.adapters
+    keep = not torch.is_grad_enabled() and not any(a.A.is_inference() for a in many)
+    key = (len(rows), dtype, *(v for a in many for v in (a.A._version, a.B._version))) if keep else None
+    if keep and key in mixture.cache:
+        return mixture.cache[key]  # type: ignore[no-any-return]
+    rank = max(a.A.shape[0] for a in many)
+    A = torch.stack([F.pad(a.A.to(dtype), (0, 0, 0, rank - a.A.shape[0])) for a in many])
+    B = torch.stack([F.pad(a.B.to(dtype) * a.scale, (0, rank - a.B.shape[1])) for a in many])
+    with_none = rows.clamp_min(0)
+    out = A[with_none].mT, (B[with_none] * (rows >= 0).to(dtype)[:, None, None]).mT
+    if keep:
+        mixture.cache = {key: out}
+    return out

@@ -1,0 +1,225 @@
+"""Saving and loading adapters. A file is checked whole, from its header, before a byte is loaded; all that is wrong comes in one error."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_bytes
+from torch import Tensor, nn
+
+from weft.adapters.attach import attached, build, check_new, names, put, use
+from weft.adapters.peft_format import BY_TYPE, FORMATS, PREFIX, key
+from weft.core import Adapter, WeftError, base_class
+
+Model = TypeVar("Model", bound=nn.Module)
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+TASKS = {  # how transformers' class names end -> what peft calls the task
+    "ForCausalLM": "CAUSAL_LM",
+    "LMHeadModel": "CAUSAL_LM",
+    "ForConditionalGeneration": "SEQ_2_SEQ_LM",
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+    "ForQuestionAnswering": "QUESTION_ANS",
+}
+
+
+def save(model: nn.Module, folder: str | os.PathLike[str], name: str | None = None) -> Path:
+    """Write one adapter in peft's layout (adapter_config.json, adapter_model.safetensors). Files are written beside and renamed.
+
+    Args:
+        folder: Made if missing. An adapter that lies there is replaced.
+        name: Which adapter; may be left out if the model has only one.
+    Returns:
+        The folder.
+    Raises:
+        WeftError: unknown or ambiguous name; a disk that is full (what lay there before is untouched).
+    """
+    have = names(model)
+    if name is None:
+        if len(have) != 1:
+            raise WeftError(f"which adapter? weft.save(model, folder, name=...): there are {', '.join(map(repr, have)) or 'none'}")
+        name = have[0]
+    adapters = attached(model, name)
+    method = next(iter(adapters.values())).method
+    format = FORMATS[type(method)]
+    config: dict[str, Any] = {
+        "auto_mapping": None, "base_model_name_or_path": _origin(model), "inference_mode": True, "peft_type": format.peft_type,
+        "revision": None, "task_type": _task(model),
+    } | format.write(method, model, adapters)  # fmt: skip
+    if config["task_type"] is None:
+        config["auto_mapping"] = {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
+    target = Path(folder)
+    target.mkdir(parents=True, exist_ok=True)
+    data = to_bytes(tensors(adapters), metadata={"format": "pt"})
+    write_atomically({target / WEIGHTS: data, target / CONFIG: (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()})
+    return target
+
+
+def tensors(adapters: Mapping[str, Adapter]) -> dict[str, Tensor]:
+    """The tensors of an adapter under their names in the file; a shared one once."""
+    found: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for path, adapter in adapters.items():
+        for parameter, p in adapter.named_parameters():
+            if id(p) not in seen:
+                seen.add(id(p))
+                found[key(path, adapter, parameter)] = p.detach().contiguous().cpu()
+    return found
+
+
+def load(model: Model, folder: str | os.PathLike[str], name: str = "default") -> Model:
+    """Attach a saved adapter (weft's or peft's) under a name, and let it alone work.
+
+    Raises:
+        WeftError: no adapter there, a pickle, a truncated file, a method or option that weft does not have, or tensors that do not
+            fit this model: all of them in one message. The model is left as it was.
+    """
+    check_new(model, name)
+    source = Path(folder)
+    config = read_config(source)
+    format = BY_TYPE.get(config["peft_type"])
+    if format is None:
+        raise WeftError(f"{source / CONFIG}: weft does not have the method {config['peft_type']!r}; it has {', '.join(sorted(BY_TYPE))}")
+    path = weights_file(source)
+    try:
+        method = format.read(config)
+        with torch.device("meta"):
+            built = build(model, method, strict=False)
+    except WeftError as e:
+        raise WeftError(f"{source}: {e}") from None
+    with _opened(path) as file:
+        wanted = _match(built, file, path, model)
+        place = {p: next((q.device for q in model.get_submodule(p).parameters(recurse=False)), torch.device("cpu")) for p in built}
+        made: dict[int, nn.Parameter] = {}
+        for where, adapter, parameter, named in wanted:
+            empty = adapter._parameters[parameter]
+            assert empty is not None
+            if id(empty) not in made:
+                value: Tensor = file.get_tensor(named)
+                made[id(empty)] = nn.Parameter(value.to(place[where], torch.promote_types(value.dtype, torch.float32)))
+                made[id(empty)].requires_grad_(empty.requires_grad)
+            adapter._parameters[parameter] = made[id(empty)]
+    if not names(model):
+        model.requires_grad_(False)
+    put(model, built, name)
+    use(model, name)
+    return model
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """adapter_config.json as a dictionary with at least a peft_type. Raises WeftError if it is missing or broken."""
+    path = folder / CONFIG
+    if not path.is_file():
+        near = sorted(str(p.parent.relative_to(folder)) for p in folder.glob(f"*/{CONFIG}")) if folder.is_dir() else []
+        there = "there is no such folder" if not folder.is_dir() else f"it has no {CONFIG}"
+        raise WeftError(f"{folder} holds no adapter: {there}" + (f"; its subfolders {', '.join(near)} do" if near else ""))
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, UnicodeDecodeError) as e:
+        raise WeftError(f"{path} is not valid JSON: {e}") from None
+    if not isinstance(config, dict) or not isinstance(config.get("peft_type"), str):
+        raise WeftError(f"{path} does not say a peft_type, so it is no adapter's configuration")
+    return config
+
+
+def weights_file(folder: Path) -> Path:
+    """The safetensors file of an adapter. Raises WeftError if it is missing, or if there is only a pickle."""
+    path = folder / WEIGHTS
+    if path.is_file():
+        return path
+    if (folder / "adapter_model.bin").exists():
+        raise WeftError(
+            f"{folder / 'adapter_model.bin'} is a pickle, which can run any code when it is read: weft refuses it. Convert it once where "
+            f"you trust it: safetensors.torch.save_file(torch.load('adapter_model.bin', weights_only=True), '{WEIGHTS}')"
+        )
+    raise WeftError(f"{folder} has a configuration but no {WEIGHTS}")
+
+
+def write_atomically(contents: Mapping[Path, bytes]) -> None:
+    """Write files beside their names, and rename them once all are on the disk. On a full disk: WeftError, and nothing has changed."""
+    staged = {path.with_name(f".{path.name}.{os.getpid()}.tmp"): path for path in contents}
+    try:
+        for temporary, path in staged.items():
+            with open(temporary, "wb") as f:
+                f.write(contents[path])
+                f.flush()
+                os.fsync(f.fileno())
+        for temporary, path in staged.items():
+            temporary.replace(path)
+    except OSError as e:
+        for temporary in staged:
+            with suppress(FileNotFoundError):
+                temporary.unlink()
+        first = next(iter(contents))
+        raise WeftError(f"could not write {first}: {e.strerror}. What lay there before is untouched; make room and save again") from e
+
+
+def _opened(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as e:
+        size = path.stat().st_size
+        head = path.read_bytes()[:8]
+        promised = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
+        if head[:2] in (b"PK", b"\x80\x02"):
+            why = "it is a pickle with another name"
+        else:
+            why = "it is truncated" if promised < 10**8 else "it is no safetensors file"
+        raise WeftError(f"{path} ({size:,d} bytes) cannot be read: {why} ({e}). Copy or download it again") from None
+
+
+def _match(built: Mapping[str, Adapter], file: Any, path: Path, model: nn.Module) -> list[tuple[str, Adapter, str, str]]:
+    """(module path, adapter, parameter, name in the file) for all that the adapter needs, or one error with all that does not fit."""
+    have = set(file.keys())
+    need, missing, shapes = [], [], []
+    shared: dict[int, str] = {}
+    for where, adapter in built.items():
+        for parameter, p in adapter._parameters.items():
+            if p is None:
+                continue
+            named = shared.setdefault(id(p), key(where, adapter, parameter))
+            if named not in have:
+                missing.append(named)
+                continue
+            found = tuple(file.get_slice(named).get_shape())
+            if found != tuple(p.shape):
+                shapes.append(f"{named} is {found}; this model with this configuration needs {tuple(p.shape)}")
+            need.append((where, adapter, parameter, named))
+    extra = sorted(have - {n for *_, n in need} - set(missing))
+    extra = [e for e in extra if not _copy_of_base(e, model)]
+    wrong = _lines(shapes, "of another shape") + _lines(missing, "missing from the file")
+    wrong += _lines(extra, "in the file, but belonging to nothing here")
+    if not need:
+        wrong.insert(0, "not one tensor of the file fits this model: is it another base, or an inner part of the model?")
+    if wrong:
+        raise WeftError(f"{path} does not fit this {type(model).__name__}:\n  " + "\n  ".join(wrong))
+    return need
+
+
+def _copy_of_base(named: str, model: nn.Module) -> bool:
+    """peft stores the frozen weight of a targeted embedding or head beside its adapter; it says nothing new."""
+    return named.startswith(PREFIX) and named.endswith((".base_layer.weight",))
+
+
+def _lines(found: list[str], what: str, most: int = 6) -> list[str]:
+    if not found:
+        return []
+    more = [f"  ... and {len(found) - most} more"] if len(found) > most else []
+    return [f"{len(found)} tensor{'s' if len(found) > 1 else ''} {what}:", *(f"  {f}" for f in found[:most]), *more]
+
+
+def _origin(model: nn.Module) -> str | None:
+    config = getattr(model, "config", None)
+    return getattr(config, "name_or_path", None) or getattr(config, "_name_or_path", None) or None
+
+
+def _task(model: nn.Module) -> str | None:
+    return next((task for end, task in TASKS.items() if base_class(model).__name__.endswith(end)), None)
