@@ -1,0 +1,394 @@
+"""The attention seam: the one place where a packed batch enters somebody else's model.
+
+Rows lie end to end in one (1, T) sequence and must not see each other. transformers lets anybody register an attention function
+and its mask (`AttentionInterface`, `AttentionMaskInterface`); weft registers one pair under the name "weft". It works on the
+FlashAttention keywords that transformers hands down to every layer (`cu_seq_lens_q`, `cu_seq_lens_k`, `max_length_q`,
+`max_length_k`), and no (T, T) mask is ever built. Without those keywords (generation with a cache, padded batches) both are
+transformers' own "sdpa" functions, unchanged.
+
+Two twins do the same work: `padded` on any device and dtype, `varlen` (FlashAttention) for 16-bit tensors on CUDA.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:  # a torch built without it: the padded twin does the work
+    varlen_attn = None
+
+NAME = "weft"
+ALIKE = 0.7  # rows share a padded block when none is shorter than this share of the longest: at most 1.3 times the tokens, few launches
+logger = logging.getLogger("weft")
+
+
+# ---------------------------------------------------------------------------------------------------------------- layout
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the tokens of a packed sequence stand in blocks of rows of like length.
+
+    blocks: (rows, length) of each padded block; they lie behind each other in `size` places.
+    place: (T,) int64, the place of token t.  size: number of places, padding included.
+    """
+
+    blocks: tuple[tuple[int, int], ...]
+    place: Tensor
+    size: int
+
+
+def layout(lengths: Sequence[int], device: torch.device | str = "cpu") -> Layout:
+    """Sort rows into padded blocks of like length. lengths: tokens of each row, in the order in which they are packed."""
+    starts = [0]
+    for length in lengths:
+        starts.append(starts[-1] + length)
+    groups: list[list[int]] = []
+    for row in sorted((r for r in range(len(lengths)) if lengths[r]), key=lambda r: -lengths[r]):
+        if groups and lengths[row] >= ALIKE * lengths[groups[-1][0]]:
+            groups[-1].append(row)
+        else:
+            groups.append([row])
+    place = torch.empty(starts[-1], dtype=torch.int64)
+    blocks, offset = [], 0
+    for group in groups:
+        longest = lengths[group[0]]
+        for i, row in enumerate(group):
+            first = offset + i * longest
+            place[starts[row] : starts[row + 1]] = torch.arange(first, first + lengths[row])
+        blocks.append((len(group), longest))
+        offset += len(group) * longest
+    return Layout(tuple(blocks), place.to(device, non_blocking=True), offset)
+
+
+_layouts: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # cu_seqlens -> Layout: made once a batch, not once a layer
+
+
+def layout_of(cu_seqlens: Tensor) -> Layout:
+    """The layout of one batch. Reads cu_seqlens (a host sync on CUDA) unless `packed_kwargs` was given the lengths."""
+    found = _layouts.get(cu_seqlens)
+    if found is None:
+        found = _layouts[cu_seqlens] = layout(cu_seqlens.diff().tolist(), cu_seqlens.device)
+    return found
+
+
+def packed_kwargs(cu_seqlens: Tensor, lengths: Sequence[int] = ()) -> dict[str, Any]:
+    """What a packed call of the model takes besides `input_ids` and `position_ids`.
+
+    cu_seqlens: (rows + 1,) int32, where rows begin, and T.  lengths: the same on the host, when known: it spares a host sync.
+    The 4-d attention mask is a placeholder of one element: transformers hands a mask of four dimensions down as it is, so it neither
+    searches the position ids for row boundaries (a host sync a step) nor builds a (T, T) mask. `attend` does not look at it.
+    """
+    lengths = lengths or cu_seqlens.diff().tolist()
+    if cu_seqlens.device.type == "cpu" and cu_seqlens not in _layouts:
+        _layouts[cu_seqlens] = layout(lengths)
+    longest = max(lengths)
+    mask = torch.ones((1, 1, 1, 1), dtype=torch.bool, device=cu_seqlens.device)
+    return {
+        "attention_mask": mask,
+        "cu_seq_lens_q": cu_seqlens,
+        "cu_seq_lens_k": cu_seqlens,
+        "max_length_q": longest,
+        "max_length_k": longest,
+    }
+
+
+class _Spread(torch.autograd.Function):
+    """x (T, ...) -> (size, ...): token t to place[t], zeros elsewhere. Its adjoint is `_Collect`, and the other way round.
+
+    `index_select`'s own backward adds row by row on the CPU; here every place has one token, so a copy does.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, place: Tensor, size: int) -> Tensor:
+        ctx.save_for_backward(place)
+        ctx.size = size
+        return x.new_zeros(size, *x.shape[1:]).index_copy_(0, place, x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        (place,) = ctx.saved_tensors
+        return _Collect.apply(grad, place, ctx.size), None, None
+
+
+class _Collect(torch.autograd.Function):
+    """x (size, ...) -> (T, ...): what stands at place[t]."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, place: Tensor, size: int) -> Tensor:
+        ctx.save_for_backward(place)
+        ctx.size = size
+        return x.index_select(0, place)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        (place,) = ctx.saved_tensors
+        return _Spread.apply(grad, place, ctx.size), None, None
+
+
+# ----------------------------------------------------------------------------------------------------------------- twins
+
+
+@torch.compiler.disable  # the blocks' shapes change with every batch: a compiled region would be compiled anew each time
+def padded(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float | None, window: int | None, dropout: float = 0.0) -> Tensor:
+    """Causal attention within rows. q (T, H, D), k (T, Hkv, D), v (T, Hkv, Dv) -> (T, H, Dv).
+
+    Rows are laid out in right-padded blocks of like length; causal attention never looks right, so padding is never seen.
+    window: a token sees itself and the window - 1 tokens before it.
+    """
+    plan = layout_of(cu_seqlens)
+    q, k, v = (_Spread.apply(x, plan.place, plan.size) for x in (q, k, v))
+    outs, offset = [], 0
+    for rows, length in plan.blocks:
+        end = offset + rows * length
+        block = [x[offset:end].view(rows, length, *x.shape[1:]).transpose(1, 2) for x in (q, k, v)]
+        band = None
+        if window is not None and window < length:
+            band = torch.ones(length, length, dtype=torch.bool, device=q.device).tril_().triu_(1 - window)
+        out = F.scaled_dot_product_attention(
+            *block, attn_mask=band, is_causal=band is None, dropout_p=dropout, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+        )
+        outs.append(out.transpose(1, 2).reshape(rows * length, q.shape[1], v.shape[2]))
+        offset = end
+    return _Collect.apply(torch.cat(outs) if len(outs) > 1 else outs[0], plan.place, plan.size)
+
+
+def varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int, scale: float | None, window: int | None) -> Tensor:
+    """The same by FlashAttention over the packed tokens as they lie. 16-bit CUDA tensors, equal head sizes up to 256."""
+    # The positional form up to max_k, `scale` and `window_size` are common to torch 2.11 and 2.13.
+    reach = (-1, 0) if window is None else (window - 1, 0)
+    options = {"scale": scale, "window_size": reach}
+    if q.shape[1] != k.shape[1]:
+        options["enable_gqa"] = True
+    return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, **options)
+
+
+def can_varlen(q: Tensor, v: Tensor, dropout: float) -> bool:
+    return (
+        varlen_attn is not None
+        and q.is_cuda
+        and q.dtype in (torch.bfloat16, torch.float16)
+        and dropout == 0.0
+        and q.shape[-1] == v.shape[-1] <= 256
+    )
+
+
+# ------------------------------------------------------------------------------------------------ what transformers calls
+
+_sdpa = AttentionInterface()["sdpa"]
+_sdpa_mask = AttentionMaskInterface()["sdpa"]
+CANNOT = ("softcap", "s_aux", "position_bias", "cache")  # what a layer may ask of attention and the packed path does not do
+_watch: Any = None  # a _Watch while `use` tries a model out, else None
+
+
+def attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    sliding_window: int | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    cu_seq_lens_k: Tensor | None = None,
+    max_length_q: int | None = None,
+    max_length_k: int | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention function. query (n, H, T, D), key and value (n, Hkv, S, D) -> (n, T, H, D)."""
+    if _watch is not None:
+        _watch.saw(attention_mask, sliding_window, packed=cu_seq_lens_q is not None)
+    if cu_seq_lens_q is None:
+        return _sdpa(
+            module,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=dropout,
+            scaling=scaling,
+            is_causal=is_causal,
+            sliding_window=sliding_window,
+            **kwargs,
+        )
+    asked = [name for name in CANNOT if kwargs.get(name) is not None]
+    causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
+    if asked or not causal or query.shape[0] != 1 or query.shape[2] != key.shape[2]:
+        why = ", ".join(asked) or ("attention that is not causal" if not causal else "a cache or several sequences")
+        raise ValueError(f"{type(module).__name__}: a packed batch does not go together with {why}")
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    if can_varlen(q, v, dropout):
+        out = varlen(q, k, v, cu_seq_lens_q, max_length_q, scaling, sliding_window)
+    else:
+        out = padded(q, k, v, cu_seq_lens_q, scaling, sliding_window, dropout)
+    return out[None], None
+
+
+def mask(*args: Any, **kwargs: Any) -> Tensor | None:
+    """transformers' mask function: sdpa's own. A packed call brings its placeholder and never comes here."""
+    made = _sdpa_mask(*args, **kwargs)
+    if _watch is not None:
+        _watch.made(made, kwargs.get("local_size"))
+    return made
+
+
+AttentionInterface.register(NAME, attend)
+AttentionMaskInterface.register(NAME, mask)
+
+
+# ------------------------------------------------------------------------------------------------------------------- use
+
+_reasons: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
+
+
+class _Watch:
+    """Notes, while a model is tried out, which mask and which window each attention layer used."""
+
+    def __init__(self) -> None:
+        self.windows: dict[int, int | None] = {}
+        self.kept: list[Tensor] = []  # alive, so that ids stay theirs
+        self.plain = self.packed = 0
+        self.odd = ""
+
+    def made(self, made: Tensor | None, window: int | None) -> None:
+        if made is not None:
+            self.kept.append(made)
+            self.windows[id(made)] = window
+
+    def saw(self, attention_mask: Tensor | None, window: int | None, packed: bool) -> None:
+        if packed:
+            self.packed += 1
+            return
+        self.plain += 1
+        if id(attention_mask) not in self.windows:
+            self.odd = "its layers use a mask of their own"
+        elif self.windows[id(attention_mask)] != window:
+            # Sliding windows are exact here when the layer says how wide; a window that is in the mask alone would be lost.
+            self.odd = f"a layer's mask has a window of {self.windows[id(attention_mask)]} that the layer does not tell its attention"
+
+
+def installed(model: nn.Module) -> bool:
+    """Whether `use` has put the seam into this model (so that packed batches may be given to it)."""
+    return getattr(getattr(model, "config", None), "_attn_implementation", None) == NAME
+
+
+def reason(model: nn.Module) -> str:
+    """Why `use(model)` last said False; empty when it said True or was never asked."""
+    return _reasons.get(model, "")
+
+
+def use(model: nn.Module) -> bool:
+    """Let a model take packed batches. True: installed. False: the model is as it was, and data must be padded instead.
+
+    Whether a model can is found by trying: two short rows padded and packed must give the same logits (fp32: 1e-4 of the largest logit;
+    16 bit: 3e-2), what stands in the first row must not reach the second, and every layer must have gone through the seam with the
+    window that its mask has. Costs five forward passes of under 20 tokens; uses no random numbers; modes are restored.
+    """
+    if installed(model):
+        return True
+    why = _refused(model)
+    if not why:
+        before = model.config._attn_implementation
+        why = _tried(model)
+        if why:
+            model.set_attn_implementation(before)
+    if why:
+        logger.info("%s keeps its own attention: %s", type(model).__name__, why)
+        _reasons[model] = why
+    else:
+        _reasons.pop(model, None)
+    return not why
+
+
+def _refused(model: nn.Module) -> str:
+    """Why this model is not even tried; empty: it is."""
+    if not isinstance(model, PreTrainedModel):
+        return "it is no transformers model"
+    if getattr(model.config, "is_encoder_decoder", False):
+        return "it is an encoder-decoder"
+    if model.config._attn_implementation != "sdpa":
+        return f"its attention is {model.config._attn_implementation!r}, not 'sdpa'"
+    if not getattr(type(model), "_can_set_attn_implementation", lambda: True)():
+        return "its class does not use transformers' attention interface"
+    if any(p.is_meta for p in model.parameters()):
+        return "its weights are on the meta device"
+    return ""
+
+
+def _tried(model: PreTrainedModel) -> str:
+    """Install the seam and try it. Returns what is wrong, or nothing."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            return _compare(model)
+    except (TypeError, ValueError, RuntimeError, AttributeError, IndexError, KeyError) as error:
+        return f"it fails when tried ({type(error).__name__}: {error})"
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def _compare(model: PreTrainedModel) -> str:
+    global _watch
+    device = model.get_input_embeddings().weight.device
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    call = partial(model, use_cache=False)
+
+    def tokens(row: int, length: int) -> Tensor:
+        return (torch.arange(length, device=device) * 7919 + 31 * row + 17) % vocabulary
+
+    first, second = 5, 9
+    ids = torch.zeros(2, second, dtype=torch.int64, device=device)
+    ids[0, :first], ids[1] = tokens(0, first), tokens(1, second)
+    there = torch.arange(second, device=device)[None] < torch.tensor([[first], [second]], device=device)
+    own = call(input_ids=ids, attention_mask=there.long()).logits
+    alone = torch.cat([own[0, :first], own[1]])
+
+    model.set_attn_implementation(NAME)
+    if not installed(model):
+        return "transformers did not install the seam"
+    watch = _watch = _Watch()
+    try:
+        if not torch.equal(call(input_ids=ids, attention_mask=there.long()).logits, own):
+            return "its padded batches come out differently"
+        lengths = [first, second]
+        cu_seqlens = torch.tensor([0, first, first + second], dtype=torch.int32, device=device)
+        positions = torch.cat([torch.arange(n, device=device) for n in lengths])[None]
+        together, other = (
+            call(
+                input_ids=torch.cat([tokens(row, first), tokens(1, second)])[None],
+                position_ids=positions,
+                **packed_kwargs(cu_seqlens, lengths),
+            ).logits[0]
+            for row in (0, 2)
+        )
+    finally:
+        _watch = None
+    if watch.odd:
+        return watch.odd
+    if not watch.packed or watch.packed != 2 * watch.plain:
+        return "its layers do not pass the packing on to their attention"
+    largest = float(alone.abs().max())
+    tolerance = (1e-4 if alone.dtype in (torch.float32, torch.float64) else 3e-2) * largest
+    apart = float((together - alone).abs().max())
+    leak = float((together[first:] - other[first:]).abs().max())
+    if not apart <= tolerance:
+        return f"packed rows come out differently than padded ones (by {apart:.2g}, largest logit {largest:.2g})"
+    if not leak <= tolerance / 30:
+        return f"a packed row sees the one before it (by {leak:.2g})"
+    return ""
