@@ -1,0 +1,116 @@
+"""The loss of one batch: the sum of cross-entropies over the tokens that bear loss.
+
+A sum, not a mean: over gradient accumulation and several processes the one right normaliser is the number of tokens that bear loss in
+the whole step, which the loop knows (`batch.n_targets`) before the first forward.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any, Protocol
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from weft.core import WeftError
+from weft.models import attention
+
+
+class Batch(Protocol):
+    """What is read of a `weft.data.Batch`."""
+
+    input_ids: Tensor
+    position_ids: Tensor
+    targets: Tensor
+    attention_mask: Tensor | None
+    cu_seqlens: Tensor | None
+    keep: Tensor | None
+    lengths: tuple[int, ...]
+
+
+def loss_sum(model: nn.Module, batch: Batch) -> Tensor:
+    """Sum of the cross-entropies over the batch's targets; a scalar in fp32 (fp64 if the logits are), in nats.
+
+    model: a transformers causal language model, or any module with `model(input_ids)` -> logits (n, T, V) or an object with `.logits`.
+    A packed batch needs `weft.models.attention.use(model)` to have said True; else WeftError.
+    Where the model's forward takes `logits_to_keep`, its head runs only at positions that have a target.
+    """
+    logits, targets = _logits(model, batch)
+    if logits.dtype in (torch.bfloat16, torch.float16):
+        logits = logits.float()
+    # What comes after the hidden states is these two lines: a fused linear cross-entropy, which never forms the logits, takes their place.
+    return F.cross_entropy(logits.flatten(0, -2), targets.flatten(), ignore_index=-100, reduction="sum")
+
+
+def _logits(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Logits (n, C, V) and targets (n, C) at the positions that matter (all of them where the model gives no choice)."""
+    takes = accepts(model)
+    kwargs: dict[str, Any] = {}
+    if batch.cu_seqlens is not None:
+        _ready_for_packing(model)
+        kwargs = attention.packed_kwargs(batch.cu_seqlens, batch.lengths)
+        kwargs["position_ids"] = batch.position_ids
+    elif batch.attention_mask is not None and "attention_mask" in takes:
+        kwargs["attention_mask"] = batch.attention_mask
+    if "use_cache" in takes:
+        kwargs["use_cache"] = False  # a cache costs memory, and its presence turns transformers' own detection of packing off
+    keep = batch.keep
+    if keep is not None and "logits_to_keep" in takes:
+        logits = _tensor(model(batch.input_ids, logits_to_keep=keep, **kwargs))
+        return logits, batch.targets.index_select(1, keep)
+    logits = _tensor(model(batch.input_ids, **kwargs))
+    if keep is not None and batch.targets.shape[0] == 1:
+        return logits.index_select(1, keep), batch.targets.index_select(1, keep)
+    return logits, batch.targets
+
+
+def _tensor(output: Any) -> Tensor:
+    logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
+    if logits is None:
+        raise WeftError(f"the model must return logits, or an object with .logits; it returned {type(output).__name__}")
+    return logits
+
+
+def _inner(model: nn.Module) -> nn.Module:
+    """The model inside torch.compile's or DDP's wrapper."""
+    while True:
+        inside = getattr(model, "_orig_mod", None) or getattr(model, "module", None)
+        if not isinstance(inside, nn.Module):
+            return model
+        model = inside
+
+
+def _ready_for_packing(model: nn.Module) -> None:
+    inner = _inner(model)
+    if not attention.installed(inner):
+        why = attention.reason(inner)
+        raise WeftError(
+            f"{type(inner).__name__} got a packed batch but keeps its own attention, so rows would see each other"
+            + (f" ({why})" if why else "")
+            + "; call weft.models.attention.use(model) first, and where it says False set data.packing to false"
+        )
+
+
+_accepted: WeakKeyDictionary[nn.Module, tuple[type, frozenset[str]]] = WeakKeyDictionary()
+
+
+def accepts(model: nn.Module) -> frozenset[str]:
+    """Names of the arguments that the model's forward declares; looked up once a model and class."""
+    known = _accepted.get(model)
+    if known is None or known[0] is not type(model):
+        known = _accepted[model] = (type(model), _declared(_inner(model)))
+    return known[1]
+
+
+def _declared(model: nn.Module) -> frozenset[str]:
+    """A site's own forward takes anything and hands it on; the first class behind it that names its arguments tells them."""
+    found = [vars(model)["forward"]] if "forward" in vars(model) else []
+    found += [vars(cls)["forward"] for cls in type(model).__mro__ if "forward" in vars(cls)]
+    any_kind = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    for forward in found:
+        names = frozenset(p.name for p in inspect.signature(forward).parameters.values() if p.kind not in any_kind and p.name != "self")
+        if names:
+            return names
+    return frozenset()
