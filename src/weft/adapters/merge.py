@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, TypeVar, cast
 
 import torch
@@ -36,9 +36,13 @@ def merge(model: Model, names: str | Sequence[str] | None = None, *, keep: bool 
     here = {p: s for p, s in found.items() if any(n in slot_of(s) for n in chosen)}
     _check(model, here, chosen, untie)
     tied: dict[int, nn.Parameter] = {}
-    with torch.no_grad():
-        for site in here.values():
-            _fold(site, chosen, tied)
+    try:
+        with torch.no_grad():
+            for site in here.values():
+                _fold(site, chosen, tied)
+    except WeftError:  # one layer refuses: give the others theirs back
+        _restore(here.values())
+        raise
     if untie and getattr(getattr(model, "config", None), "tie_word_embeddings", False):
         cast(Any, model).config.tie_word_embeddings = False
     if not keep:
@@ -53,18 +57,21 @@ def unmerge(model: Model) -> Model:
     found = [site for site in sites(model).values() if "kept" in site.__dict__]
     if not found:
         raise WeftError("nothing to unmerge: no adapter is merged into this base")
-    for site in found:
-        module = cast(nn.Module, site)
-        for name, own in site.__dict__.pop("kept").items():
-            module._parameters[name] = own
-        activate(site, site.__dict__.pop("kept_for"))
+    _restore(found)
     return model
+
+
+def _restore(found: Iterable[Site]) -> None:
+    for site in found:
+        for name, own in site.__dict__.pop("kept", {}).items():
+            cast(nn.Module, site)._parameters[name] = own
+        activate(site, site.__dict__.pop("kept_for", site.active))
 
 
 def _fold(site: Site, chosen: Sequence[str], tied: dict[int, nn.Parameter]) -> None:
     module, slot, before = cast(nn.Module, site), slot_of(site), site.active
     kept: dict[str, nn.Parameter | None] = {}
-    activate(site, ())
+    site.__dict__["kept"], site.__dict__["kept_for"] = kept, before
     for name in chosen:
         if name not in slot:
             continue
@@ -77,9 +84,7 @@ def _fold(site: Site, chosen: Sequence[str], tied: dict[int, nn.Parameter]) -> N
             new = nn.Parameter(value.to(like.dtype, copy=True), requires_grad=False)
             source = slot[name]._parameters.get(key)  # a whole trained copy, which tied layers share: they stay tied
             module._parameters[key] = new if source is None else tied.setdefault(id(source), new)
-    rest = tuple(n for n in before if n not in chosen)
-    activate(site, rest)
-    site.__dict__["kept"], site.__dict__["kept_for"] = kept, before
+    activate(site, tuple(n for n in before if n not in chosen))
 
 
 def _check(model: nn.Module, here: dict[str, Site], chosen: Sequence[str], untie: bool) -> None:

@@ -19,8 +19,18 @@ if TYPE_CHECKING:
 SLOT = "weft"  # the name under which a site's adapters appear in `state_dict()`: `<module>.weft.<adapter>.<parameter>`
 
 
+def _never(module: nn.Module, inputs: Any) -> None:
+    raise AssertionError("a slot is a container and is not called")
+
+
 class Slot(nn.Module):
     """The named adapters of one site. A plain container: any name without a dot will do, `keys` and `0` too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        # nn.TransformerEncoderLayer has a fused path for evaluation that reads its layers' weights and calls none of them. It keeps
+        # off where any module below it has a hook; this one is never called, since nobody calls a slot.
+        self.register_forward_pre_hook(_never)
 
     def __len__(self) -> int:
         return len(self._modules)
