@@ -1,0 +1,268 @@
+"""`weft.fit` and `weft.train.run_recipe`: from a recipe to a saved adapter."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import weft.adapters
+from weft.core import WeftError, base_class
+from weft.data import Batch, Batches, Row, load_rows, prepare, split_rows
+from weft.models import attention, load_base, load_tokenizer
+from weft.train.evaluate import Match, exact_match
+from weft.train.guard import Diverged, Signals
+from weft.train.loop import train
+from weft.train.output import Output
+from weft.train.progress import Show, clock
+from weft.train.recipe import Recipe, checked
+from weft.train.run import Event, Run
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run came to. Losses are nats a target token."""
+
+    adapter: Path  # the folder that holds the adapter
+    steps: int
+    train_loss: float | None  # over a fixed part of the training rows, without dropout
+    eval_loss: float | None
+    exact_match: float | None  # share of answers that equal their reference
+    seconds: float  # training and evaluation, over all parts of an interrupted run
+    tokens: int  # input tokens seen
+    tokens_per_s: float  # while training
+    parameters: int  # trained
+    adapter_bytes: int
+    best_step: int | None  # the step whose adapter was taken, with train.patience
+    stopped: str  # "end", or "patience"
+    history: list[dict[str, Any]] = field(repr=False)  # the lines of metrics.jsonl
+    answers: list[tuple[str, str, str]] = field(repr=False)  # prompt, reference, answer of the exact match
+
+
+def run_recipe(recipe: Recipe, *, resume: str = "auto", overwrite: bool = False, on_event: Callable[[Event], None] | None = None) -> Result:
+    """Load the recipe's base and tokenizer and `fit`: what `weft train` does."""
+    checked(recipe)
+    Output(recipe, resume, overwrite)  # a folder that cannot be used is told before a large base is loaded
+    device = None if recipe.train.device == "auto" else recipe.train.device
+    model = load_base(recipe.model, base=recipe.base, device=device)
+    return fit(model, recipe, tokenizer=load_tokenizer(recipe.model), resume=resume, overwrite=overwrite, on_event=on_event)
+
+
+def fit(
+    model: nn.Module, recipe: Recipe, *, tokenizer: Any = None, resume: str = "auto", overwrite: bool = False,
+    on_event: Callable[[Event], None] | None = None,
+) -> Result:  # fmt: skip
+    """Train an adapter on a model and save it to `recipe.output`.
+
+    Args:
+        model: a base, or a model that has an adapter named `recipe.name` already: then that one is trained on, as it is. The base's bytes
+            do not change. Afterwards the trained adapter is on the model and works.
+        recipe: everything else; `recipe.model` and `recipe.base` only name the model here.
+        tokenizer: transformers' tokenizer; None: that of `recipe.model`.
+        resume: "auto": go on with the unfinished run of the same recipe that `output` holds, bit for bit as if it had never stopped;
+            "never": such a run is an error.
+        overwrite: replace whatever run `output` holds.
+        on_event: called with a dict whose "event" is "start", "at" (each step whose loss is known), "step" (each logged one), "eval",
+            "save" or "end".
+
+    Raises:
+        WeftError: the recipe, the data or the output folder cannot be used; a layer never takes part; the disk is full.
+        Diverged: (a WeftError) the loss or gradient is not finite, or stayed up after a spike; the last good checkpoint is named.
+        Interrupted: SIGINT or SIGTERM came; a checkpoint was written and is named.
+    """
+    checked(recipe)
+    show = Show(recipe.train.progress)
+
+    def tell(event: Event) -> None:
+        show(event)
+        if on_event is not None:
+            on_event(event)
+
+    output = Output(recipe, resume, overwrite)
+    tokenizer = load_tokenizer(recipe.model) if tokenizer is None else tokenizer
+    if recipe.train.device not in ("auto", str(next(model.parameters()).device)):
+        model.to(recipe.train.device)
+    with _threads(recipe.train.threads), Signals() as signals:
+        data = _Data(model, recipe, tokenizer)
+        show.text(data.report)
+        with _adapted(model, recipe):
+            show.text(str(weft.adapters.summary(model)))
+            run = Run(model, recipe, data.batches, data.evaluations, output, signals, tell)
+            try:
+                facts = {"base": _base(model, recipe), "data": data.fingerprint, "device": _device(run), "seed": recipe.seed}
+                run.resume(output.begin(facts))
+                show.text(_plan(run))
+                tell({"event": "start", "step": run.state.step, "steps": run.steps})
+                train(run)
+                result = _finish(run, data, tokenizer, output)
+            except Diverged as e:
+                raise _advice(e, run) from e
+            finally:
+                tell({"event": "stop"}) if show.bar else None
+                run.close()
+                output.close()
+    tell({"event": "end", **{k: getattr(result, k) for k in ("steps", "train_loss", "eval_loss", "exact_match", "seconds")}})
+    show.table(_table(result))
+    return result
+
+
+class _Data:
+    """The recipe's rows as batches: for training, for the evaluation losses, and as rows for the exact match."""
+
+    def __init__(self, model: nn.Module, recipe: Recipe, tokenizer: Any) -> None:
+        config, limits = recipe.data, recipe.eval
+        rows = load_rows(config.train, config.format)
+        held: list[Row] = []
+        if config.eval:
+            held = load_rows(config.eval, config.format)
+        elif config.eval_split:
+            rows, held = split_rows(rows, config.eval_split, recipe.seed)
+        packing = bool(config.packing) and attention.use(model)
+        shown = recipe.train.progress != "off"
+        prepared = prepare(rows, tokenizer, config, shown)
+        self.report = prepared.report
+        examples = prepared.examples
+        self.batches = Batches(examples, recipe.train.tokens, packing, recipe.seed)
+        self.held = spread(held, limits.exact_rows)
+        self.evaluations: dict[str, Sequence[Batch]] = {}
+        held_examples: list[Any] = []
+        if held:
+            held_examples = spread(prepare(held, tokenizer, config, shown).examples, limits.rows)
+            self.evaluations["eval_loss"] = Batches(held_examples, recipe.train.tokens, packing, 0).epoch(0)
+        if seen := spread(examples, limits.train_rows):
+            self.evaluations["train_loss"] = Batches(seen, recipe.train.tokens, packing, 0).epoch(0)
+        for setting, wanted in (("eval.exact_match", limits.exact_match), ("train.patience", recipe.train.patience is not None)):
+            if wanted and not held:
+                raise WeftError(f"{setting} needs held-out rows: give data.eval (a file) or data.eval_split (a share of the training rows)")
+        self.fingerprint = fingerprint(examples, held_examples)
+
+
+def spread(items: Sequence[Any], most: int | None) -> list[Any]:
+    """At most `most` of the items, evenly spaced over all of them."""
+    if most is None or most >= len(items):
+        return list(items)
+    return [items[i * len(items) // most] for i in range(most)]
+
+
+def fingerprint(*sets: Sequence[Any]) -> str:
+    """A hash of all tokens and of which bear loss, and the number of examples."""
+    digest = hashlib.sha256()
+    for examples in sets:
+        for e in examples:
+            digest.update(e.ids.tobytes() + e.bears.tobytes())
+        digest.update(b"|")
+    return f"{'+'.join(str(len(s)) for s in sets)} examples, sha256 {digest.hexdigest()[:16]}"
+
+
+@contextmanager
+def _adapted(model: nn.Module, recipe: Recipe) -> Iterator[None]:
+    """The adapter on the model and alone requiring gradients, for the length of the run; taken off again when the run fails."""
+    new = recipe.name not in weft.adapters.names(model)
+    before, training = weft.adapters.active(model), model.training
+    torch.manual_seed(recipe.seed)
+    random.seed(recipe.seed)
+    if new:
+        weft.adapters.adapt(model, recipe.method, recipe.name)
+    elif recipe.name not in before:
+        weft.adapters.use(model, recipe.name)
+    ours = {id(p) for p in weft.adapters.trainable(model, recipe.name).values()}
+    needed = [(p, p.requires_grad) for p in model.parameters()]
+    for p, _ in needed:
+        p.requires_grad_(id(p) in ours)
+    try:
+        yield
+    except BaseException:
+        if new:
+            weft.adapters.remove(model, recipe.name)
+            weft.adapters.use(model, before)
+        raise
+    finally:
+        for p, was in needed:
+            p.requires_grad_(was)
+        model.train(training)
+
+
+@contextmanager
+def _threads(number: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    if number is not None:
+        torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _finish(run: Run, data: _Data, tokenizer: Any, output: Output) -> Result:
+    """The last adapter or the best one: answer, save, and count."""
+    recipe, state = run.recipe, run.state
+    run.take_best()
+    match: Match | None = None
+    if recipe.eval.exact_match:
+        e = recipe.eval
+        match = run.last(lambda between: exact_match(run.model, tokenizer, data.held, e.max_new_tokens, e.batch, between, recipe.data))
+    best = state.best if recipe.train.patience is not None else {}
+    figures = best or state.last
+    seconds = run.seconds()
+    numbers = {
+        "steps": state.step, "best_step": int(best["step"]) if best else None, "stopped": "end" if state.step >= run.steps else "patience",
+        "train_loss": figures.get("train_loss"), "eval_loss": figures.get("eval_loss"), "exact_match": match.share if match else None,
+        "seconds": round(seconds, 3), "tokens": state.tokens, "tokens_per_s": round(run.speed(), 1),
+        "parameters": sum(p.numel() for p in run.parameters.values()),
+    }  # fmt: skip
+    size = output.finish(run.adapter, numbers)
+    answers = match.answers if match else []
+    return Result(adapter=output.folder, adapter_bytes=size, history=list(run.metrics.history), answers=answers, **numbers)
+
+
+def _advice(e: Diverged, run: Run) -> Diverged:
+    kept = f"The last good checkpoint is {run.saved}." if run.saved else "No checkpoint was due before that."
+    return Diverged(
+        f"{e}. {kept} Lower train.lr (it was {run.peak:g}), or raise train.warmup ({run.config.warmup:g}), and start again with another "
+        "output or with --overwrite; look at the rows too: one wild row can do this."
+    )
+
+
+def _plan(run: Run) -> str:
+    c, s = run.config, run.state
+    text = (
+        f"{run.steps} steps ({run.micro / max(len(run.batches), 1):.3g} epochs of {ceil(len(run.batches) / c.accumulate)}), "
+        f"up to {c.tokens * c.accumulate:,} tokens a step, {c.schedule} learning rate with a peak of {run.peak:g}, on {run.device}\n"
+        f"{run.batches.describe()}"
+    )
+    return f"{text}\ngoing on after step {s.step}, from {run.saved}" if run.saved else text
+
+
+def _base(model: nn.Module, recipe: Recipe) -> str:
+    ours = {id(p) for p in weft.adapters.trainable(model, recipe.name).values()}
+    sizes = [(p.numel(), p.dtype) for p in model.parameters() if id(p) not in ours]
+    kinds = ", ".join(sorted({str(d).removeprefix("torch.") for _, d in sizes}))
+    return f"{recipe.model}: {base_class(model).__name__}, {sum(n for n, _ in sizes):,} parameters in {kinds}"
+
+
+def _device(run: Run) -> str:
+    return torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+
+
+def _table(result: Result) -> Mapping[str, str]:
+    def number(value: float | None, form: str) -> str:
+        return "-" if value is None else format(value, form)
+
+    return {
+        "steps": f"{result.steps}" + (f" (the adapter is that of step {result.best_step})" if result.best_step is not None else ""),
+        "train loss": number(result.train_loss, ".4f"),
+        "eval loss": number(result.eval_loss, ".4f"),
+        "exact match": number(result.exact_match, ".1%"),
+        "time": clock(result.seconds),
+        "tokens/s": f"{result.tokens_per_s:,.0f}",
+        "trained parameters": f"{result.parameters:,}",
+        "adapter": f"{result.adapter} ({result.adapter_bytes:,} bytes)",
+    }

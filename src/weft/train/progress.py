@@ -1,0 +1,83 @@
+"""What is shown while training: a bar on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+
+class Show:
+    """Turns a run's events into output. `how` is "auto", "bar", "lines" or "off"."""
+
+    def __init__(self, how: str, console: Console | None = None) -> None:
+        self.console = console or Console(highlight=False, soft_wrap=True)
+        self.how = ("bar" if self.console.is_terminal else "lines") if how == "auto" else how
+        self.bar: Progress | None = None
+        self.loss = self.eval_loss = self.detail = ""
+
+    def text(self, text: object) -> None:
+        """Free text as it is, or what rich can show."""
+        if self.how == "bar":
+            self.console.print(text, markup=False)
+        elif self.how == "lines":
+            self.console.print(str(text), markup=False)
+
+    def __call__(self, event: dict[str, Any]) -> None:
+        if self.how == "off":
+            return
+        kind = event["event"]
+        if kind == "start":
+            self._start(event["step"], event["steps"])
+        elif kind == "at":
+            self.loss = f"loss {event['loss']:.4f}"
+            self._advance(event["step"])
+        elif kind == "step":
+            self.detail = f"lr {event['lr']:.2e}  {event['tokens_per_s']:,.0f} tokens/s  {event['memory'] / 2**20:,.0f} MiB"
+            self._advance(event["step"])
+            if self.how == "lines":
+                left = (event["steps"] - event["step"]) * event["seconds"] / event["step"]
+                self.text(f"step {event['step']}/{event['steps']}  loss {event['loss']:.4f}  {self.detail}  {clock(left)} left")
+        elif kind == "eval":
+            self.eval_loss = "  ".join(f"{k.replace('_', ' ')} {v:.4f}" for k, v in event.items() if k.endswith("loss"))
+            self._advance(event["step"])
+            if self.how == "lines":
+                self.text(f"step {event['step']}/{event['steps']}  {self.eval_loss}")
+        elif kind in ("end", "stop"):
+            self.close()
+
+    def _start(self, step: int, steps: int) -> None:
+        if self.how == "bar":
+            self.bar = Progress(
+                TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[shown]}"), TimeRemainingColumn(),
+                console=self.console,
+            )  # fmt: skip
+            self.task = self.bar.add_task("training", total=steps, completed=step, shown="")
+            self.bar.start()
+
+    def _advance(self, step: int) -> None:
+        if self.bar is not None:
+            self.bar.update(self.task, completed=step, shown="  ".join(filter(None, (self.loss, self.eval_loss, self.detail))))
+
+    def table(self, rows: dict[str, str]) -> None:
+        """The final figures."""
+        if self.how == "off":
+            return
+        table = Table(show_header=False)
+        for key, value in rows.items():
+            table.add_row(key, value)
+        self.console.print(table)
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+            self.bar = None
+
+
+def clock(seconds: float) -> str:
+    """75 -> "1:15"."""
+    minutes, s = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{s:02d}" if hours else f"{minutes}:{s:02d}"

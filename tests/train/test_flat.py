@@ -1,0 +1,72 @@
+"""The flat buffer computes what separate tensors would."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import nn
+
+from weft.train.flat import AdamW, Flat
+
+
+def make() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3))
+
+
+def ratio(name: str) -> float:
+    return 4.0 if name.startswith("2") else 1.0
+
+
+def test_equals_torch_adamw_on_separate_tensors():
+    ours, theirs = make(), make()
+    flat = Flat(dict(ours.named_parameters()), ratio)
+    opt = AdamW(flat, (0.9, 0.99), 1e-8, 0.1)
+    groups = [{"params": [p], "lr": 0.01 * ratio(n)} for n, p in theirs.named_parameters()]
+    ref = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.1)
+    for step in range(5):
+        x = torch.randn(4, 5, generator=torch.Generator().manual_seed(step))
+        for model in (ours, theirs):
+            model(x).square().sum().backward()
+        norm = flat.clip(1.0)
+        want = nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
+        torch.testing.assert_close(norm, want)
+        opt.step(0.01)
+        ref.step()
+        ref.zero_grad()
+        assert not flat.grad.any()
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+        assert isinstance(a, nn.Parameter)
+
+
+def test_parameters_stay_ordinary_and_are_released():
+    model = make()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    flat = Flat(dict(model.named_parameters()), lambda _: 1.0)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert all(p.untyped_storage().data_ptr() == flat.data.untyped_storage().data_ptr() for p in model.parameters())
+    assert all(p.data_ptr() % 64 == 0 for p in model.parameters())
+    flat.release()
+    assert all(p.grad is None and torch.equal(p, before[k]) for k, p in model.named_parameters())
+    assert len({p.untyped_storage().data_ptr() for p in model.parameters()}) == len(before)
+
+
+def test_state_is_exact():
+    model = make()
+    flat = Flat(dict(model.named_parameters()), ratio)
+    opt = AdamW(flat, (0.9, 0.99), 1e-8, 0.0)
+
+    def step(m: nn.Module, o: AdamW) -> None:
+        m(torch.ones(2, 5)).square().sum().backward()
+        o.step(0.01)
+
+    step(model, opt)
+    state = {k: v.clone() for k, v in opt.state().items()}
+    step(model, opt)
+    other = copy.deepcopy(make())
+    again = AdamW(Flat(dict(other.named_parameters()), ratio), (0.9, 0.99), 1e-8, 0.0)
+    again.load_state(state)
+    step(other, again)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))

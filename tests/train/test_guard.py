@@ -1,0 +1,138 @@
+"""What stops a run: wrong losses, silent layers, signals, a full disk. Signals and disks are real."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tiny_run
+import torch
+
+import weft
+from weft.core import WeftError
+from weft.train import Diverged, TrainConfig
+from weft.train.checkpoint import State
+from weft.train.guard import LossGuard
+
+HERE = Path(__file__).parent
+
+
+def feed(guard: LossGuard, state: State, losses: list[float]) -> None:
+    for i, loss in enumerate(losses):
+        guard.watch(i, torch.tensor(loss), torch.tensor(1.0))
+        guard.check(state)
+
+
+def test_spike_stops_only_when_it_stays():
+    guard, state = LossGuard(TrainConfig(spike=3.0, spike_steps=4)), State()
+    feed(guard, state, [1.0] * 20 + [9.0] * 3 + [1.0] * 5 + [9.0] * 3 + [1.0])
+    with pytest.raises(Diverged, match="for 4 steps the loss was over 3 times its running median"):
+        feed(guard, state, [9.0] * 4)
+
+
+def test_small_losses_may_triple():
+    feed(LossGuard(TrainConfig(spike_steps=2)), State(), [0.01] * 20 + [0.5] * 10)
+
+
+@pytest.mark.parametrize(("loss", "norm"), [(float("nan"), 1.0), (1.0, float("inf"))])
+def test_not_finite_stops_at_once(loss, norm):
+    guard = LossGuard(TrainConfig(spike=0))
+    guard.watch(7, torch.tensor(loss), torch.tensor(norm))
+    with pytest.raises(Diverged, match="stopped at step 7"):
+        guard.check(State())
+
+
+def test_a_run_that_diverges_names_its_last_checkpoint(tmp_path):
+    """A learning rate of 1e30 overflows within a few steps."""
+    model = tiny_run.model()
+    wild = {"train__lr": 1e30, "train__warmup": 6, "train__clip": 0, "eval__start": False}
+    recipe = tiny_run.recipe(tmp_path, train__steps=50, train__save_every=1, **wild)
+    with pytest.raises(Diverged, match=r"Lower train\.lr") as caught:
+        weft.fit(model, recipe, tokenizer=tiny_run.tokenizer())
+    kept = sorted((tmp_path / "out" / "checkpoints").glob("step-*"))
+    assert (str(kept[-1]) in str(caught.value)) if kept else "No checkpoint" in str(caught.value)
+    assert not weft.adapters.names(model)
+    assert not (tmp_path / "out" / "adapter_model.safetensors").exists()
+
+
+def test_silent_layers_are_named(tmp_path):
+    model = tiny_run.model()
+    model.model.spare = torch.nn.Linear(4, 4)  # nobody calls it
+    with pytest.raises(WeftError, match=r"2 of \d+ adapter parameters got no gradient in the first step: model\.spare\.A, model\.spare\.B"):
+        weft.fit(model, tiny_run.recipe(tmp_path), tokenizer=tiny_run.tokenizer())
+    fixed = tiny_run.recipe(tmp_path, method__exclude=["spare"], output=str(tmp_path / "fixed"))
+    assert weft.fit(model, fixed, tokenizer=tiny_run.tokenizer()).steps == 20
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signal_keeps_a_checkpoint_and_resumes_exactly(tmp_path, number):
+    tokenizer = tiny_run.tokenizer()
+    calm = tiny_run.recipe(tmp_path, output=str(tmp_path / "calm"))
+    weft.fit(tiny_run.model(), calm, tokenizer=tokenizer)
+
+    def at_seven(event: dict) -> None:
+        if event["event"] == "step" and event["step"] == 7:
+            os.kill(os.getpid(), number)
+
+    recipe = tiny_run.recipe(tmp_path)
+    handler = signal.getsignal(number)
+    with pytest.raises(weft.train.Interrupted, match="give the same command again") as caught:
+        weft.fit(tiny_run.model(), recipe, tokenizer=tokenizer, on_event=at_seven)
+    assert caught.value.code == 128 + number and caught.value.checkpoint.name == "step-00000007"
+    assert signal.getsignal(number) is handler
+    assert not (tmp_path / "out" / "adapter_model.safetensors").exists()
+    weft.fit(tiny_run.model(), recipe, tokenizer=tokenizer)
+    assert (tmp_path / "out" / "adapter_model.safetensors").read_bytes() == (tmp_path / "calm" / "adapter_model.safetensors").read_bytes()
+
+
+def test_signal_while_evaluating(tmp_path):
+    """The evaluation is broken off, and done again when the run goes on."""
+
+    def at_start(event: dict) -> None:
+        if event["event"] == "at" and event["step"] == 10:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(weft.train.Interrupted):
+        weft.fit(tiny_run.model(), tiny_run.recipe(tmp_path), tokenizer=tiny_run.tokenizer(), on_event=at_start)
+    result = weft.fit(tiny_run.model(), tiny_run.recipe(tmp_path), tokenizer=tiny_run.tokenizer())
+    assert [line["step"] for line in result.history if "eval_loss" in line] == [0, 10, 20]
+
+
+def test_full_disk_leaves_the_last_checkpoint(tmp_path):
+    """The system itself refuses to write past a size (RLIMIT_FSIZE), as a full disk would: at once, or in the middle of a file."""
+    good = subprocess.run(child(tmp_path, {"train__steps": 5, "output": str(tmp_path / "probe"), "train__save_every": 4}), check=False)
+    assert good.returncode == 0
+    size = max(p.stat().st_size for p in (tmp_path / "probe" / "checkpoints").rglob("*") if p.is_file())
+    overrides = {"train__save_every": 4}
+    first = subprocess.Popen(child(tmp_path, overrides | {"train__steps": 4000}))
+    checkpoints = tmp_path / "out" / "checkpoints"
+    until = time.monotonic() + 60
+    while not list(checkpoints.glob("step-*")) and time.monotonic() < until:
+        time.sleep(0.01)
+    first.kill()
+    first.wait()
+    kept = {p: p.read_bytes() for p in sorted(checkpoints.rglob("*")) if p.is_file() and ".weft-tmp-" not in str(p)}
+    newest = sorted(checkpoints.glob("step-*"))[-1]
+    assert kept
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, size // 2))
+
+    again = child(tmp_path, overrides | {"train__steps": 4000})
+    second = subprocess.run(again, preexec_fn=limit, capture_output=True, text=True, check=False)
+    assert second.returncode != 0
+    assert "could not be written" in second.stderr and "What was saved before is untouched" in second.stderr, second.stderr[-2000:]
+    assert all(p.read_bytes() == old for p, old in kept.items() if p.parent == newest)
+    assert sorted(checkpoints.glob("step-*"))[-1] == newest and not list(checkpoints.glob(".weft-tmp-*"))
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["status"] == "unfinished"
+
+
+def child(folder: Path, overrides: dict) -> list[str]:
+    return [sys.executable, str(HERE / "tiny_run.py"), str(folder), json.dumps(overrides)]

@@ -1,0 +1,94 @@
+"""A run that is killed at any moment and started again ends with the same bytes as one that was never stopped."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import random
+import time
+from pathlib import Path
+
+import pytest
+import tiny_run
+import torch
+
+from weft.train.checkpoint import State, read, write
+
+CONTEXT = multiprocessing.get_context("forkserver")  # a real process for every part of a run, without importing torch each time
+CONTEXT.set_forkserver_preload(["tiny_run"])
+COURSE = ("step", "loss", "lr", "grad_norm", "tokens", "eval_loss", "train_loss")
+
+
+def start(folder: Path, overrides: dict) -> multiprocessing.process.BaseProcess:
+    process = CONTEXT.Process(target=tiny_run.child, args=(str(folder), overrides))
+    process.start()
+    return process
+
+
+def course(out: Path) -> list[dict]:
+    """The lines of metrics.jsonl without times and memory; each must be whole."""
+    return [{k: v for k, v in json.loads(line).items() if k in COURSE} for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def saving(out: Path) -> bool:
+    return any(out.glob("checkpoints/.weft-tmp-*")) or any(out.glob(".weft-tmp-*"))
+
+
+@pytest.mark.parametrize(
+    ("kills", "overrides"),
+    [
+        (9, {"train__steps": 240, "train__save_every": 3, "train__accumulate": 2, "method__lr_ratio": 4.0, "train__eval_every": 40}),
+        (5, {"method": "Full", "train__lr": 1e-3, "train__epochs": 9.0, "train__steps": None, "train__save_seconds": 0.05,
+             "train__patience": 3, "train__eval_every": 7, "data__packing": False, "train__accumulate": 3}),
+    ],
+    ids=["lora", "full"],
+)  # fmt: skip
+def test_killed_and_resumed_is_never_stopped(tmp_path, kills, overrides, capsys):
+    (tmp_path / "calm").mkdir()
+    (tmp_path / "wild").mkdir()
+    tiny_run.rows(tmp_path / "wild"), tiny_run.rows(tmp_path / "wild", 12, 1)
+    begun = time.monotonic()
+    process = start(tmp_path / "calm", overrides)
+    process.join()
+    assert process.exitcode == 0
+    length = time.monotonic() - begun
+
+    seed = random.SystemRandom().randrange(10**6)
+    rng = random.Random(seed)
+    out, survived, in_save, attempts = tmp_path / "wild" / "out", 0, 0, 0
+    while survived < kills and attempts < 4 * kills:
+        process = start(tmp_path / "wild", overrides)
+        attempts += 1
+        if attempts % 3 == 0:  # in the middle of a save
+            until = time.monotonic() + length
+            patience = rng.randint(0, 3)
+            while process.is_alive() and time.monotonic() < until and (patience := patience - saving(out)) >= 0:
+                time.sleep(0.0005)
+        else:
+            time.sleep(rng.uniform(0, 1.6 * length / kills))
+        if process.is_alive():
+            in_save += saving(out)
+            process.kill()
+            process.join()
+            survived += 1
+        else:
+            assert process.exitcode == 0, f"seed {seed}"
+            break
+    if process.exitcode != 0:
+        process = start(tmp_path / "wild", overrides)
+        process.join()
+        assert process.exitcode == 0, f"seed {seed}"
+    with capsys.disabled():
+        print(f" [{survived} kills survived, {in_save} of them during a save; seed {seed}]", end="")
+    assert survived >= kills // 2, "the run was over too soon to be killed"
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (out / name).read_bytes() == (tmp_path / "calm" / "out" / name).read_bytes(), f"seed {seed}"
+    assert course(out) == course(tmp_path / "calm" / "out")
+    assert json.loads((out / "run.json").read_text())["status"] == "finished"
+    assert not saving(out)
+
+
+def test_state_and_tensors_come_back_the_threads_it_began_with(tmp_path):
+    place = write(tmp_path, 3, State(step=3, threads=7), {"a": torch.arange(3.0)}, lambda folder: None)
+    state, tensors = read(place)
+    assert state.threads == 7 and torch.equal(tensors["a"], torch.arange(3.0))
