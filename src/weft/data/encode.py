@@ -115,7 +115,9 @@ class Encoder:
     # -------------------------------------------------------------------------------------------------- chat masks
 
     def _by_marks(self, row: Row) -> tuple[list[int], list[bool]] | None:
-        made = self._render(row, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
+        made = self._render(
+            row, tokenize=True, return_dict=True, return_assistant_tokens_mask=True, tokenizer_kwargs={"return_offsets_mapping": True}
+        )
         if made is None:
             return None
         ids, marks = list(made["input_ids"]), [bool(m) for m in made["assistant_masks"]]
@@ -124,9 +126,14 @@ class Encoder:
             self.problems.add("rows without a marked answer", what)
             return None
         spans = [(m.start(), m.end()) for m in re.finditer("1+", "".join("01"[m] for m in marks))]
+        return self._with_loss(ids, [(a, self._end_of_mark(ids, b, made["offset_mapping"])) for a, b in spans])
+
+    def _end_of_mark(self, ids: list[int], end: int, offsets: list[tuple[int, int]]) -> int:
+        # transformers marks up to the first token of the last character; of a character of several bytes, others may follow.
+        while end < len(ids) and offsets[end][0] < offsets[end - 1][1]:
+            end += 1
         # Some templates close the mark before the token that ends the turn.
-        spans = [(a, b + 1 if b < len(ids) and ids[b - 1] not in self.special and ids[b] in self.special else b) for a, b in spans]
-        return self._with_loss(ids, spans)
+        return end + 1 if end < len(ids) and ids[end - 1] not in self.special and ids[end] in self.special else end
 
     def _by_prefixes(self, rows: list[Row]) -> list[tuple[list[int], list[bool]] | None]:
         texts: list[str] = []
