@@ -7,11 +7,13 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+import jinja2
 import torch
 from transformers.generation.streamers import BaseStreamer
 
 import weft.adapters
 from weft.core import WeftError
+from weft.data import DataConfig, Encoder, Row
 from weft.train.evaluate import end_of_turn, left_padded, prompt_ids
 
 Chat = Sequence[dict[str, str]]
@@ -46,16 +48,20 @@ class Speaker:
     def __init__(self, model: Any, tokenizer: Any, sampling: Sampling, plain: bool = False) -> None:
         self.model, self.tokenizer, self.sampling = model, tokenizer, sampling
         self.plain = plain or not tokenizer.chat_template
+        self.encoder = Encoder(tokenizer, DataConfig(train="", template="plain"))
         self.stop = end_of_turn(tokenizer, model)
         self.room = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 10**9
         if sampling.temperature:
             torch.manual_seed(sampling.seed)
 
     def ids(self, chat: Chat) -> list[int]:
-        """The tokens of a chat up to where the answer begins."""
+        """The tokens of a chat up to where the answer begins, as in training."""
         if self.plain:
-            return list(self.tokenizer("\n\n".join(m["content"] for m in chat))["input_ids"])
-        return prompt_ids(self.tokenizer, chat)
+            return self.encoder.prompt(Row("the prompt", "prompt", (*chat, {"role": "assistant", "content": ""})))
+        try:
+            return prompt_ids(self.tokenizer, chat)
+        except (jinja2.TemplateError, TypeError, ValueError) as e:
+            raise WeftError(f"the tokenizer's chat template refuses this conversation: {e}") from e
 
     def fits(self, chat: Chat) -> bool:
         """Whether the model can still answer this chat with at least a few tokens."""

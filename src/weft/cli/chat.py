@@ -50,8 +50,9 @@ class Conversation:
         self.said: list[Message] = []
 
     def welcome(self) -> str:
+        alone = " There is no chat template here: every line is continued by itself." if self.speaker.plain else ""
         have = f"adapters: {', '.join(self.names)}" if self.names else "the bare base, no adapter"
-        return f"{have}. /help lists the commands."
+        return f"{have}. /help lists the commands.{alone}"
 
     def prompt(self) -> str:
         working = weft.adapters.active(self.speaker.model)
@@ -94,6 +95,8 @@ class Conversation:
         self._tell(f"{' and '.join(weft.adapters.active(self.speaker.model)) or 'the bare base'} from now on")
 
     def _answer(self, line: str) -> None:
+        if self.speaker.plain:
+            self.said.clear()
         self.said.append({"role": "user", "content": line})
         dropped = 0
         while len(self.said) > 1 and not self.speaker.fits(self.start + self.said):

@@ -39,12 +39,12 @@ def say(text: str) -> None:
 
 
 @contextmanager
-def step(what: str, spin: bool = True) -> Iterator[None]:
-    """Shows `what` while the block runs: a spinner on a terminal, elsewhere a line if it took over two seconds."""
+def step(what: str, spin: bool = True, tell: bool = True) -> Iterator[None]:
+    """Shows `what` while the block runs by a spinner on a terminal; afterwards, if `tell`, a line if it took over two seconds."""
     console, began = err(), time.perf_counter()
-    with console.status(what) if spin else nullcontext():
+    with console.status(what) if spin and console.is_terminal else nullcontext():
         yield
-    if (seconds := time.perf_counter() - began) > WORTH_TELLING:
+    if tell and (seconds := time.perf_counter() - began) > WORTH_TELLING:
         console.print(f"{what}: {seconds:.1f} s", markup=False, style="dim")
 
 
@@ -136,7 +136,7 @@ def settings_of(folder: Path) -> dict[str, Any]:
 
 def load(model: str, adapters: Sequence[Given], base: str = "auto", device: str | None = None) -> tuple[Any, Any]:
     """(model with all adapters attached and the first one working, tokenizer). A missing adapter is told before a large base is loaded."""
-    with step("loading libraries"):
+    with step("loading libraries", tell=False):
         import weft.adapters
         from weft.adapters.files import weights_file
         from weft.models import load_base, load_tokenizer

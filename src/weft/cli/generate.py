@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
 def _speaker(args: argparse.Namespace, adapters: Sequence[Given]) -> Speaker:
     base = base_of(args.model, adapters)  # before anything heavy is loaded
     plain = args.plain or any((settings_of(g.folder).get("data") or {}).get("template") == "plain" for g in adapters[:1])
-    with step("loading libraries"):
+    with step("loading libraries", tell=False):
         from weft.cli.answering import Sampling, Speaker
     sampling = Sampling(args.max_tokens, args.temperature, args.top_p, args.seed)  # its faults are told before the model is loaded
     return Speaker(*load(base, adapters, args.base, args.device), sampling, plain)

@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
     base = base_of(args.model, [adapter])
     check_target(target, args.overwrite, adapter.folder, base)
     check_device(args.device)
-    with step("loading libraries"):
+    with step("loading libraries", tell=False):
         import torch
 
         import weft.adapters

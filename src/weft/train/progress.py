@@ -13,7 +13,8 @@ class Show:
     """Turns a run's events into output. `how` is "auto", "bar", "lines" or "off"."""
 
     def __init__(self, how: str, console: Console | None = None) -> None:
-        self.console = console or Console(highlight=False, soft_wrap=True)
+        self.console = console or Console(stderr=True, highlight=False, soft_wrap=True)
+        self.results = console or Console(highlight=False, soft_wrap=True)  # standard output carries results, standard error the rest
         self.how = ("bar" if self.console.is_terminal else "lines") if how == "auto" else how
         self.bar: Progress | None = None
         self.loss = self.eval_loss = self.detail = ""
@@ -68,7 +69,7 @@ class Show:
         table = Table(show_header=False)
         for key, value in rows.items():
             table.add_row(key, value)
-        self.console.print(table)
+        self.results.print(table)
 
     def close(self) -> None:
         if self.bar is not None:

@@ -1,0 +1,74 @@
+"""`weft train`: from a recipe, flags, or both, to a saved adapter."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from difflib import get_close_matches
+from pathlib import Path
+
+from weft.cli.common import say, step
+from weft.cli.main import UsageError
+
+SWITCHES = ("-h", "--help", "--overwrite", "--print-recipe", "--debug")
+VALUED = ("--resume",)
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.usage = "weft train [RECIPE.yaml] [--data.train FILE] [--method.rank 16] [--train.lr 1e-3] [...]"
+    parser.epilog = (
+        "A flag goes over what the recipe says. Values are written as in YAML: true, null, [a, b], {q_proj: 8}.\n\n"
+        "  weft train --data.train rows.jsonl\n"
+        "  weft train recipe.yaml --method.rank 8 --output adapters/rank8\n\n"
+        "A run that was stopped goes on where it was when the same command is given again."
+    )
+    parser.add_argument("recipe", nargs="?", metavar="RECIPE.yaml", help="settings; those it does not name keep their defaults")
+    parser.add_argument("--overwrite", action="store_true", help="replace the run that the output folder holds")
+    parser.add_argument("--resume", choices=("auto", "never"), default="auto",
+                        help="auto: go on with an unfinished run of this recipe; never: that is an error (default: auto)")  # fmt: skip
+    parser.add_argument("--print-recipe", action="store_true", help="print the whole recipe as YAML, defaults filled in, and stop")
+    with step("loading libraries", tell=False):
+        from weft.cli import settings
+    settings.add(parser)
+
+
+def parse(parser: argparse.ArgumentParser, words: Sequence[str]) -> argparse.Namespace:
+    """The command's own flags through argparse; settings are left to `load_recipe`, which tells all that is wrong with them at once."""
+    own: list[str] = []
+    recipes: list[str] = []
+    flags: list[str] = []
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
+        name, equals, _ = word.partition("=")
+        if word in SWITCHES:
+            own.append(word)
+        elif name in VALUED:
+            own += [word] if equals or not rest else [word, rest.pop(0)]
+        elif not word.startswith("-"):
+            recipes.append(word)
+        elif near := get_close_matches(word, (*SWITCHES, *VALUED), n=1, cutoff=0.75):
+            raise UsageError(f"unknown flag {word}; did you mean {near[0]}?")
+        else:
+            flags += [word] if equals or not rest or rest[0].startswith("--") else [word, rest.pop(0)]
+    if len(recipes) > 1:
+        hint = "A list is one word: --data.train '[a.jsonl, b.jsonl]'"
+        raise UsageError(f"one recipe at a time, not {len(recipes)}: {', '.join(recipes)}. {hint}")
+    args = parser.parse_args(own)
+    args.recipe, args.flags = recipes[0] if recipes else None, flags
+    return args
+
+
+def run(args: argparse.Namespace) -> int:
+    from weft.train import dump_recipe, load_recipe, run_recipe
+
+    if args.recipe is None and not args.flags:
+        raise UsageError("what to train on? weft train --data.train rows.jsonl, or weft train recipe.yaml. See: weft train --help")
+    recipe = load_recipe(args.recipe, args.flags)
+    if args.print_recipe:
+        print(dump_recipe(recipe), end="")
+        return 0
+    result = run_recipe(recipe, resume=args.resume, overwrite=args.overwrite)
+    if recipe.train.progress != "off":
+        say(f"try it: weft generate --adapter {Path(result.adapter)}")
+    return 0
