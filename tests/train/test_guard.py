@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -107,9 +109,6 @@ def test_signal_while_evaluating(tmp_path):
 
 def test_full_disk_leaves_the_last_checkpoint(tmp_path):
     """The system itself refuses to write past a size (RLIMIT_FSIZE), as a full disk would: at once, or in the middle of a file."""
-    good = subprocess.run(child(tmp_path, {"train__steps": 5, "output": str(tmp_path / "probe"), "train__save_every": 4}), check=False)
-    assert good.returncode == 0
-    size = max(p.stat().st_size for p in (tmp_path / "probe" / "checkpoints").rglob("*") if p.is_file())
     overrides = {"train__save_every": 4}
     first = subprocess.Popen(child(tmp_path, overrides | {"train__steps": 4000}))
     checkpoints = tmp_path / "out" / "checkpoints"
@@ -121,6 +120,7 @@ def test_full_disk_leaves_the_last_checkpoint(tmp_path):
     kept = {p: p.read_bytes() for p in sorted(checkpoints.rglob("*")) if p.is_file() and ".weft-tmp-" not in str(p)}
     newest = sorted(checkpoints.glob("step-*"))[-1]
     assert kept
+    size = max(map(len, kept.values()))
 
     def limit() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, size // 2))
@@ -132,6 +132,35 @@ def test_full_disk_leaves_the_last_checkpoint(tmp_path):
     assert all(p.read_bytes() == old for p, old in kept.items() if p.parent == newest)
     assert sorted(checkpoints.glob("step-*"))[-1] == newest and not list(checkpoints.glob(".weft-tmp-*"))
     assert json.loads((tmp_path / "out" / "run.json").read_text())["status"] == "unfinished"
+
+
+def test_disk_fills_up_and_is_freed(tmp_path):
+    """A file system of 2 MB that is really full. Once there is room, the same run goes on to the bytes of one that never stopped."""
+    tokenizer, disk = tiny_run.tokenizer(), tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(disk)]
+    if not shutil.which("mount") or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("mounting a small file system needs the rights of root")
+    try:
+        weft.fit(tiny_run.model(), tiny_run.recipe(tmp_path), tokenizer=tokenizer)
+        recipe = tiny_run.recipe(tmp_path, output=str(disk / "out"), train__save_every=5)
+
+        def fill(event: dict) -> None:
+            if event["event"] == "at" and event["step"] == 12:
+                with suppress(OSError), (disk / "filler").open("wb", buffering=0) as f:
+                    while f.write(b"x" * 4096):
+                        pass
+
+        with pytest.raises(WeftError, match=r"No space left on device\. What was saved before is untouched"):
+            weft.fit(tiny_run.model(), recipe, tokenizer=tokenizer, on_event=fill)
+        kept = sorted(p.name for p in (disk / "out" / "checkpoints").iterdir())
+        assert kept == ["step-00000005", "step-00000010"]
+        (disk / "filler").unlink()
+        weft.fit(tiny_run.model(), recipe, tokenizer=tokenizer)
+        names = [tmp_path / "out" / "adapter_model.safetensors", disk / "out" / "adapter_model.safetensors"]
+        assert names[0].read_bytes() == names[1].read_bytes()
+    finally:
+        subprocess.run(["umount", disk], check=True)
 
 
 def child(folder: Path, overrides: dict) -> list[str]:

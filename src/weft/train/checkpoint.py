@@ -130,11 +130,11 @@ def committed(place: Path) -> Iterator[Path]:
             flush(path)
         temp.rename(place)
         flush(place.parent)
-    except (OSError, SafetensorError) as e:
+    except BaseException as e:
         shutil.rmtree(temp, ignore_errors=True)
-        raise full_disk(place, e) from e
-    except BaseException:
-        shutil.rmtree(temp, ignore_errors=True)
+        why = (e.__cause__ or e.__context__) if isinstance(e, WeftError) else e  # weft.save names a file that is gone by now
+        if isinstance(why, OSError | SafetensorError):
+            raise full_disk(place, why) from e
         raise
 
 

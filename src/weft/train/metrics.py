@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import json
 import os
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 
 from weft.core import WeftError
+from weft.train.checkpoint import full_disk
 
 
 class Metrics:
@@ -29,14 +31,18 @@ class Metrics:
         self.path = folder / "metrics.jsonl"
         self.path.touch()
         os.truncate(self.path, min(position, self.path.stat().st_size))
-        self.file = self.path.open("ab")
+        self.file = self.path.open("ab", buffering=0)
         self.history = [json.loads(line) for line in self.path.read_bytes().splitlines()]
         self.board = _tensorboard(folder / "tensorboard", step, tensorboard)
 
     def add(self, values: dict[str, Any]) -> None:
-        """One line; `values` holds the step, floats that JSON gives back exactly, and no tensor."""
-        self.file.write(json.dumps(values).encode() + b"\n")
-        self.file.flush()
+        """One line; `values` holds the step, floats that JSON gives back exactly, and no tensor. Raises WeftError when the disk is full."""
+        line = json.dumps(values).encode() + b"\n"
+        try:
+            if self.file.write(line) != len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as e:
+            raise full_disk(self.path, e) from e
         self.history.append(values)
         for key, value in values.items() if self.board else ():
             if key != "step" and isinstance(value, int | float):
