@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from contextlib import suppress
-from pathlib import Path
 
 import pytest
 import tiny_run
@@ -22,8 +19,6 @@ from weft.core import WeftError
 from weft.train import Diverged, TrainConfig
 from weft.train.checkpoint import State
 from weft.train.guard import LossGuard
-
-HERE = Path(__file__).parent
 
 
 def feed(guard: LossGuard, state: State, losses: list[float]) -> None:
@@ -109,26 +104,22 @@ def test_signal_while_evaluating(tmp_path):
 
 def test_full_disk_leaves_the_last_checkpoint(tmp_path):
     """The system itself refuses to write past a size (RLIMIT_FSIZE), as a full disk would: at once, or in the middle of a file."""
-    overrides = {"train__save_every": 4}
-    first = subprocess.Popen(child(tmp_path, overrides | {"train__steps": 4000}))
+    overrides = {"train__save_every": 4, "train__steps": 4000}
+    first = tiny_run.start(tmp_path, overrides)
     checkpoints = tmp_path / "out" / "checkpoints"
-    until = time.monotonic() + 60
+    until = time.monotonic() + 120
     while not list(checkpoints.glob("step-*")) and time.monotonic() < until:
         time.sleep(0.01)
     first.kill()
-    first.wait()
-    kept = {p: p.read_bytes() for p in sorted(checkpoints.rglob("*")) if p.is_file() and ".weft-tmp-" not in str(p)}
+    first.join()
+    kept = {p: p.read_bytes() for p in sorted(checkpoints.glob("step-*/*"))}
     newest = sorted(checkpoints.glob("step-*"))[-1]
-    assert kept
-    size = max(map(len, kept.values()))
 
-    def limit() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, size // 2))
-
-    again = child(tmp_path, overrides | {"train__steps": 4000})
-    second = subprocess.run(again, preexec_fn=limit, capture_output=True, text=True, check=False)
-    assert second.returncode != 0
-    assert "could not be written" in second.stderr and "What was saved before is untouched" in second.stderr, second.stderr[-2000:]
+    second = tiny_run.start(tmp_path, overrides, limit=max(map(len, kept.values())) // 2)
+    second.join()
+    assert second.exitcode == 2
+    told = (tmp_path / "error.txt").read_text()
+    assert "could not be written: File too large. What was saved before is untouched" in told
     assert all(p.read_bytes() == old for p, old in kept.items() if p.parent == newest)
     assert sorted(checkpoints.glob("step-*"))[-1] == newest and not list(checkpoints.glob(".weft-tmp-*"))
     assert json.loads((tmp_path / "out" / "run.json").read_text())["status"] == "unfinished"
@@ -161,7 +152,3 @@ def test_disk_fills_up_and_is_freed(tmp_path):
         assert names[0].read_bytes() == names[1].read_bytes()
     finally:
         subprocess.run(["umount", disk], check=True)
-
-
-def child(folder: Path, overrides: dict) -> list[str]:
-    return [sys.executable, str(HERE / "tiny_run.py"), str(folder), json.dumps(overrides)]

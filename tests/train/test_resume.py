@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import random
 import time
 from pathlib import Path
@@ -14,15 +13,7 @@ import torch
 
 from weft.train.checkpoint import State, read, write
 
-CONTEXT = multiprocessing.get_context("forkserver")  # a real process for every part of a run, without importing torch each time
-CONTEXT.set_forkserver_preload(["tiny_run"])
 COURSE = ("step", "loss", "lr", "grad_norm", "tokens", "eval_loss", "train_loss")
-
-
-def start(folder: Path, overrides: dict) -> multiprocessing.process.BaseProcess:
-    process = CONTEXT.Process(target=tiny_run.child, args=(str(folder), overrides))
-    process.start()
-    return process
 
 
 def course(out: Path) -> list[dict]:
@@ -43,15 +34,14 @@ def saving(out: Path) -> bool:
     ],
     ids=["lora", "full"],
 )  # fmt: skip
-def test_killed_and_resumed_is_never_stopped(tmp_path, kills, overrides, capsys, monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", str(Path(tiny_run.__file__).parent), prepend=":")  # Python 3.11's fork server knows no other way
+def test_killed_and_resumed_is_never_stopped(tmp_path, kills, overrides, capsys):
     for folder in ("warm", "calm", "wild"):
         (tmp_path / folder).mkdir()
-    process = start(tmp_path / "warm", {"train__steps": 1})  # the fork server's imports
+    process = tiny_run.start(tmp_path / "warm", {"train__steps": 1})  # the fork server's imports
     process.join()
     assert process.exitcode == 0
     begun = time.monotonic()
-    process = start(tmp_path / "calm", overrides)
+    process = tiny_run.start(tmp_path / "calm", overrides)
     process.join()
     assert process.exitcode == 0
     length = time.monotonic() - begun
@@ -61,7 +51,7 @@ def test_killed_and_resumed_is_never_stopped(tmp_path, kills, overrides, capsys,
     out, survived, in_save, attempts = tmp_path / "wild" / "out", 0, 0, 0
     at: list[int] = []  # the checkpoint that each kill left as the newest
     while survived < kills and attempts < 4 * kills:
-        process = start(tmp_path / "wild", overrides)
+        process = tiny_run.start(tmp_path / "wild", overrides)
         attempts += 1
         if attempts % 3 == 0:  # in the middle of a save
             until = time.monotonic() + length
@@ -80,7 +70,7 @@ def test_killed_and_resumed_is_never_stopped(tmp_path, kills, overrides, capsys,
             assert process.exitcode == 0, f"seed {seed}"
             break
     if process.exitcode != 0:
-        process = start(tmp_path / "wild", overrides)
+        process = tiny_run.start(tmp_path / "wild", overrides)
         process.join()
         assert process.exitcode == 0, f"seed {seed}"
     with capsys.disabled():

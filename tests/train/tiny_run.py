@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
 import random
-import sys
+import resource
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +15,11 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from weft.core import WeftError
 from weft.train import Recipe, Result, fit, load_recipe
+
+CONTEXT = multiprocessing.get_context("forkserver")  # real processes that can be killed, without importing torch for each
+CONTEXT.set_forkserver_preload(["tiny_run"])
 
 TEMPLATE = (
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
@@ -68,11 +75,19 @@ def run(folder: Path, **overrides: Any) -> Result:
     return fit(model(), recipe(folder, **overrides), tokenizer=tokenizer())
 
 
-def child(folder: str, overrides: dict[str, Any]) -> None:
-    """What a process that will be killed does."""
+def start(folder: Path, overrides: dict[str, Any], limit: int = resource.RLIM_INFINITY) -> BaseProcess:
+    """`run` in a process of its own, which cannot write files beyond `limit` bytes."""
+    os.environ["PYTHONPATH"] = str(Path(__file__).parent)  # Python 3.11's fork server knows no other way to this module
+    process = CONTEXT.Process(target=child, args=(folder, overrides, limit))
+    process.start()
+    return process
+
+
+def child(folder: Path, overrides: dict[str, Any], limit: int) -> None:
     torch.set_num_threads(1)
-    run(Path(folder), **overrides)
-
-
-if __name__ == "__main__":
-    child(sys.argv[1], json.loads(sys.argv[2]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    try:
+        run(folder, **overrides)
+    except WeftError as e:
+        (folder / "error.txt").write_text(str(e))
+        raise SystemExit(2) from e
