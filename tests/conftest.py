@@ -11,7 +11,7 @@ import torch
 import transformers
 from torch import nn
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # the models are tiny: threads would only wait for each other
 
 
 def llama(seed: int = 0, dtype: torch.dtype = torch.float32, **more: object) -> nn.Module:

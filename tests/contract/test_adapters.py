@@ -152,7 +152,7 @@ def test_rows_in_generation_and_beam_search(ids: torch.Tensor) -> None:
             with weft.using(model, name):
                 alone = model.generate(prompt[i : i + 1], attention_mask=torch.ones_like(prompt[:1]), **options)
             assert torch.equal(mixed[i], alone[0])
-    with pytest.raises(weft.WeftError, match="given 2 names, but .* received 3 rows"), weft.rows(model, ["a", "b"]):
+    with pytest.raises(weft.WeftError, match=r"given 2 names, but .* received 3 rows"), weft.rows(model, ["a", "b"]):
         model(prompt)
     with pytest.raises(weft.WeftError, match="no adapter named 'c'"), weft.rows(model, ["c", None, None]):
         pass
@@ -179,15 +179,22 @@ def _config(folder: Path, **changes: Any) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
+def _cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
 Q0 = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 BROKEN: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
     "shape": (lambda f: _edit(f, lambda s: s.update({Q0: s[Q0][:, :5].contiguous()})), ["q_proj.lora_A.weight is (4, 5)", "needs (4, 32)"]),
     "rank": (lambda f: _config(f, r=8), ["8 tensors of another shape", "is (4, 32)", "needs (8, 32)"]),
     "missing": (lambda f: _edit(f, lambda s: s.pop(Q0)), ["1 tensor missing from the file", Q0]),
     "extra": (lambda f: _edit(f, lambda s: s.update(rubbish=torch.ones(1))), ["1 tensor in the file, but belonging to nothing", "rubbish"]),
-    "targets": (lambda f: _config(f, target_modules=["o_proj"]), ["not one tensor of the file fits", "4 tensors missing", "8 tensors in the file"]),
+    "targets": (
+        lambda f: _config(f, target_modules=["o_proj"]),
+        ["not one tensor of the file fits", "4 tensors missing", "8 tensors in the file"],
+    ),
     "no-target": (lambda f: _config(f, target_modules=["query"]), ["leaves no layer to adapt", "q_proj (Linear × 2)"]),
-    "truncated": (lambda f: (f / "adapter_model.safetensors").write_bytes((f / "adapter_model.safetensors").read_bytes()[:-100]), ["truncated"]),
+    "truncated": (lambda f: _cut(f / "adapter_model.safetensors"), ["truncated"]),
     "header": (lambda f: (f / "adapter_model.safetensors").write_bytes(b"\x10\x00"), ["truncated"]),
     "pickle": (lambda f: torch.save({}, f / "adapter_model.safetensors"), ["a pickle with another name"]),
     "bin": (lambda f: (f / "adapter_model.safetensors").rename(f / "adapter_model.bin"), ["a pickle", "refuses it", "save_file"]),

@@ -38,7 +38,11 @@ KINDS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
     "regex": (llama, dict(target_modules=r".*layers\.1.*(q|v)_proj")),
     "exclude": (llama, dict(target_modules=["q_proj", "k_proj"], exclude_modules=["layers.0.self_attn.k_proj"])),
     "rslora": (llama, dict(r=4, target_modules=["v_proj"], use_rslora=True)),
-    "patterns": (llama, dict(r=4, target_modules="all-linear", rank_pattern={"q_proj": 2, r"layers\.1\.mlp\.up_proj": 8}, alpha_pattern={"^model.layers.0.mlp.down_proj": 3})),
+    "patterns": (
+        llama,
+        dict(r=4, target_modules="all-linear", rank_pattern={"q_proj": 2, r"layers\.1\.mlp\.up_proj": 8},
+             alpha_pattern={"^model.layers.0.mlp.down_proj": 3}),
+    ),
     "embedding": (llama, dict(r=4, target_modules=["embed_tokens", "o_proj"])),
     "head": (llama, dict(r=4, target_modules=["lm_head"])),
     "lora-bias": (gpt2, dict(r=4, target_modules=["c_fc"], lora_bias=True)),

@@ -1,11 +1,27 @@
 """What one does with adapters on a model."""
 
-from weft.adapters.attach import active, adapt, attached, names, remove, rows, trainable, use, using
+from weft.adapters.attach import active, adapt, attach, attached, build, names, remove, rows, trainable, use, using
 from weft.adapters.files import load, read_config, save
 from weft.adapters.merge import merge, unmerge
 from weft.adapters.summary import Summary, summary
 
 __all__ = [
-    "Summary", "active", "adapt", "attached", "load", "merge", "names", "read_config", "remove", "rows", "save", "summary", "trainable",
-    "unmerge", "use", "using",
-]  # fmt: skip
+    "Summary",
+    "active",
+    "adapt",
+    "attach",
+    "attached",
+    "build",
+    "load",
+    "merge",
+    "names",
+    "read_config",
+    "remove",
+    "rows",
+    "save",
+    "summary",
+    "trainable",
+    "unmerge",
+    "use",
+    "using",
+]

@@ -26,32 +26,40 @@ def adapt(model: Model, method: Method, name: str = "default") -> Model:
         WeftError: if the name is taken, or no layer matches `method.targets` (the error lists what could have).
     """
     check_new(model, name)
-    built = build(model, method)
-    model.requires_grad_(False) if not names(model) else None
-    put(model, built, name)
-    use(model, name)
+    attach(model, build(model, method), name)
     return model
 
 
 def build(model: nn.Module, method: Method, strict: bool = True) -> dict[str, Adapter]:
     """The adapters that `method` makes for a model, by path, attached to nothing yet. Under `torch.device("meta")` only their shapes."""
     targets = find(model, method, strict)
-    also = method.also(dict(modules(model)), targets)
+    everything = dict(modules(model))
+    also = method.also(everything, targets)
     built = method.build_all({p: cast(Site, m) for p, m in targets.items()})
     for path, which in also.items():
-        built[path] = Replaced(cast(Site, model.get_submodule(path)), which)
+        built[path] = Replaced(cast(Site, everything[path]), which)
     for adapter in built.values():
         adapter.method = method
     return built
 
 
-def put(model: nn.Module, built: dict[str, Adapter], name: str) -> None:
-    """Attach built adapters under a name. They do not work before `use`."""
+def attach(model: nn.Module, built: dict[str, Adapter], name: str) -> None:
+    """Give built adapters to a model under a name, and let them alone work."""
+    everything = dict(modules(model))
+    if not any(isinstance(m, Site) for m in everything.values()):
+        model.requires_grad_(False)
     for path, adapter in built.items():
-        module = model.get_submodule(path)
-        place = next((p.device for p in module.parameters(recurse=False)), torch.device("cpu"))
-        site = open_site(module, path)
-        slot_of(site)[name] = adapter.to(place).train(module.training)
+        module = everything[path]
+        site, place = open_site(module, path), device_of(module)
+        if place.type != "cpu":
+            adapter.to(place)
+        slot_of(site)[name] = adapter if module.training else adapter.eval()
+    use(model, name)
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where a layer's own parameters are."""
+    return next((p.device for p in module._parameters.values() if p is not None), torch.device("cpu"))
 
 
 def check_new(model: nn.Module, name: str) -> None:

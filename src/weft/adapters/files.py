@@ -15,9 +15,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
-from weft.adapters.attach import attached, build, check_new, names, put, use
+from weft.adapters.attach import attach, attached, build, check_new, device_of, names
 from weft.adapters.peft_format import BY_TYPE, FORMATS, PREFIX, key
-from weft.core import Adapter, WeftError, base_class
+from weft.core import Adapter, WeftError, base_class, modules
 
 Model = TypeVar("Model", bound=nn.Module)
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -68,8 +68,8 @@ def tensors(adapters: Mapping[str, Adapter]) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     seen: set[int] = set()
     for path, adapter in adapters.items():
-        for parameter, p in adapter.named_parameters():
-            if id(p) not in seen:
+        for parameter, p in adapter._parameters.items():
+            if p is not None and id(p) not in seen:
                 seen.add(id(p))
                 found[key(path, adapter, parameter)] = p.detach().contiguous().cpu()
     return found
@@ -97,7 +97,7 @@ def load(model: Model, folder: str | os.PathLike[str], name: str = "default") ->
         raise WeftError(f"{source}: {e}") from None
     with _opened(path) as file:
         wanted = _match(built, file, path, model)
-        place = {p: next((q.device for q in model.get_submodule(p).parameters(recurse=False)), torch.device("cpu")) for p in built}
+        place = {path: device_of(module) for path, module in modules(model) if path in built}
         made: dict[int, nn.Parameter] = {}
         for where, adapter, parameter, named in wanted:
             empty = adapter._parameters[parameter]
@@ -107,10 +107,7 @@ def load(model: Model, folder: str | os.PathLike[str], name: str = "default") ->
                 made[id(empty)] = nn.Parameter(value.to(place[where], torch.promote_types(value.dtype, torch.float32)))
                 made[id(empty)].requires_grad_(empty.requires_grad)
             adapter._parameters[parameter] = made[id(empty)]
-    if not names(model):
-        model.requires_grad_(False)
-    put(model, built, name)
-    use(model, name)
+    attach(model, built, name)
     return model
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, TypeVar, cast
 
 import torch
@@ -36,18 +36,12 @@ def merge(model: Model, names: str | Sequence[str] | None = None, *, keep: bool 
     here = {p: s for p, s in found.items() if any(n in slot_of(s) for n in chosen)}
     _check(model, here, chosen, untie)
     tied: dict[int, nn.Parameter] = {}
-    try:
-        with torch.no_grad():
-            for site in here.values():
-                _fold(site, chosen, tied)
-    except WeftError:  # one layer refuses: give the others theirs back
-        _restore(here.values())
-        raise
+    with torch.no_grad():
+        for site in here.values():
+            _fold(site, chosen, tied, keep)
     if untie and getattr(getattr(model, "config", None), "tie_word_embeddings", False):
         cast(Any, model).config.tie_word_embeddings = False
     if not keep:
-        for site in here.values():
-            del site.__dict__["kept"], site.__dict__["kept_for"]
         remove(model)
     return model
 
@@ -57,21 +51,18 @@ def unmerge(model: Model) -> Model:
     found = [site for site in sites(model).values() if "kept" in site.__dict__]
     if not found:
         raise WeftError("nothing to unmerge: no adapter is merged into this base")
-    _restore(found)
+    for site in found:
+        for name, own in site.__dict__.pop("kept").items():
+            cast(nn.Module, site)._parameters[name] = own
+        activate(site, site.__dict__.pop("kept_for"))
     return model
 
 
-def _restore(found: Iterable[Site]) -> None:
-    for site in found:
-        for name, own in site.__dict__.pop("kept", {}).items():
-            cast(nn.Module, site)._parameters[name] = own
-        activate(site, site.__dict__.pop("kept_for", site.active))
-
-
-def _fold(site: Site, chosen: Sequence[str], tied: dict[int, nn.Parameter]) -> None:
+def _fold(site: Site, chosen: Sequence[str], tied: dict[int, nn.Parameter], keep: bool) -> None:
     module, slot, before = cast(nn.Module, site), slot_of(site), site.active
     kept: dict[str, nn.Parameter | None] = {}
-    site.__dict__["kept"], site.__dict__["kept_for"] = kept, before
+    if keep:  # otherwise each old weight is gone before the next new one is made
+        site.__dict__["kept"], site.__dict__["kept_for"] = kept, before
     for name in chosen:
         if name not in slot:
             continue
@@ -81,8 +72,8 @@ def _fold(site: Site, chosen: Sequence[str], tied: dict[int, nn.Parameter]) -> N
             if own is None and not value.any():
                 continue  # a bias that neither the layer nor the adapter has
             like: Tensor = own if own is not None else next(module.parameters(recurse=False))
-            new = nn.Parameter(value.to(like.dtype, copy=True), requires_grad=False)
             source = slot[name]._parameters.get(key)  # a whole trained copy, which tied layers share: they stay tied
+            new = nn.Parameter(value.to(like.dtype, copy=source is not None), requires_grad=False)
             module._parameters[key] = new if source is None else tied.setdefault(id(source), new)
     activate(site, tuple(n for n in before if n not in chosen))
 
@@ -90,6 +81,8 @@ def _fold(site: Site, chosen: Sequence[str], tied: dict[int, nn.Parameter]) -> N
 def _check(model: nn.Module, here: dict[str, Site], chosen: Sequence[str], untie: bool) -> None:
     wrong = []
     for name in chosen:
+        refused = [(p, r) for p, s in here.items() if name in slot_of(s) and (r := slot_of(s)[name].unmergeable(s))]
+        wrong += [f"{name!r} at {path}: {reason}. Keep it unmerged" for path, reason in refused]
         kinds = {type(slot_of(site)[name].method) for site in here.values() if name in slot_of(site)}
         wrong += [f"{name!r} is a {k.__name__}, which is no change of weights and cannot be merged" for k in kinds if not k.mergeable]
     owners: dict[int, list[str]] = {}

@@ -6,14 +6,13 @@ Verified against peft 0.21.2; tests/parity holds both directions to 1e-6.
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 
-from weft.core import Adapter, Method, Replaced, WeftError
+from weft.core import Adapter, Method, Replaced, WeftError, modules
 from weft.methods import Full, LoRA
 from weft.methods.lora import LowRank
 from weft.methods.lora_layers import LowRankConv, LowRankEmbedding
@@ -127,8 +126,8 @@ def short_names(model: nn.Module, paths: Iterable[str]) -> list[str]:
     """The fewest names that peft's suffix rule resolves to exactly these paths: the last parts if they do, else the paths whole."""
     wanted = set(paths)
     ends = {p.rpartition(".")[2] for p in wanted}
-    counts = Counter(p.rpartition(".")[2] for p, _ in model.named_modules() if p.rpartition(".")[2] in ends and ".weft." not in p)
-    return sorted(ends) if sum(counts.values()) == len(wanted) else sorted(wanted)
+    hit = sum(p.rpartition(".")[2] in ends for p, _ in modules(model))
+    return sorted(ends) if hit == len(wanted) else sorted(wanted)
 
 
 def _whole(x: float) -> float:

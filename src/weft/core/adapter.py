@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -42,6 +43,10 @@ class Adapter(nn.Module):
         weight = (self(layer, eye).float() - bias).T
         return {"weight": weight.T if is_conv1d(module) else weight, "bias": bias}
 
+    def unmergeable(self, layer: Site) -> str | None:
+        """Why this adapter cannot be merged into this layer; None if it can."""
+        return None
+
     def penalty(self) -> Tensor | float:
         """What the method adds to the loss for this layer (a scalar)."""
         return 0.0
@@ -63,6 +68,9 @@ class Adapter(nn.Module):
         return out
 
 
+_version = attrgetter("_version")
+
+
 class Mixture:
     """What a site does inside `weft.rows(...)`: every row of the batch through its own adapter, or through none."""
 
@@ -70,7 +78,12 @@ class Mixture:
         self.adapters, self.rows, self.path = tuple(adapters), rows, path
         kinds = {type(a) for a in adapters}
         self.kind: type[Adapter] = kinds.pop() if len(kinds) == 1 else Adapter
+        self.parameters = tuple(p for a in adapters for p in a.parameters())
         self.cache: dict[Any, Any] = {}  # for `mixed`: whatever it wants to keep from one call to the next
+
+    def versions(self) -> tuple[int, ...] | None:
+        """How often each weight has been written to: what `mixed` derives from weights holds while these stay. None: not known."""
+        return None if any(p.is_inference() for p in self.parameters) else tuple(map(_version, self.parameters))
 
     def owners(self, x: Tensor) -> Tensor:
         """(rows of x,) the adapter of each row of x. Beam search repeats every row: k beams of row i stand side by side."""

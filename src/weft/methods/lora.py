@@ -59,14 +59,17 @@ class LowRank(Adapter):
     @classmethod
     def mixed(cls, mixture: Mixture, layer: Site, *inputs: Any, **kwargs: Any) -> Any:
         """One batched product for all rows: row i meets its own A and B, padded with zeros to the largest rank."""
-        many: Any = mixture.adapters
-        if any(a.b is not None or a.bias is not None or (a.training and a.dropout) for a in many):
+        if not mixture.cache.setdefault("alike", all(map(_only_factors, mixture.adapters))):
             return super().mixed(mixture, layer, *inputs, **kwargs)
         (x,) = inputs
         rows, y = mixture.owners(x), layer.frozen(x)
         A, B = stacked(mixture, rows, y.dtype)
         S = torch.bmm(x.reshape(len(rows), -1, x.shape[-1]).to(y.dtype), A)
         return torch.baddbmm(y.view(len(rows), -1, y.shape[-1]), S, B).view(y.shape)
+
+
+def _only_factors(adapter: Any) -> bool:
+    return adapter.b is None and adapter.bias is None and not adapter.dropout
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,6 +125,8 @@ class LoRA(Method):
 
     def first(self, A: Tensor) -> nn.Parameter:
         """A as it starts: (rank, in, ...)."""
+        if A.is_meta:
+            return nn.Parameter(A)
         if self.init == "gaussian":
             return nn.Parameter(nn.init.normal_(A, std=1 / A.shape[0]))
         return nn.Parameter(nn.init.kaiming_uniform_(A, a=sqrt(5)))

@@ -73,10 +73,12 @@ class LowRankConv(Adapter):
             y = y + (self.bias - conv.bias).to(y.dtype).view(-1, *(1 for _ in conv.kernel_size))
         return y  # type: ignore[no-any-return]
 
+    def unmergeable(self, layer: Site) -> str | None:
+        groups = plain(layer).groups
+        return f"a convolution with {groups} groups cannot hold the update, since A mixes its channels" if groups > 1 else None
+
     def merged(self, layer: Site | Around) -> dict[str, Tensor]:
         conv = plain(layer)
-        if conv.groups > 1:
-            raise WeftError(f"a convolution with {conv.groups} groups cannot hold this update: A mixes its channels. Keep it unmerged")
         W, A, B = dense(conv).float(), self.A.detach(), self.B.detach()
         new = {"weight": W + self.scale * (B.flatten(1) @ A.flatten(1)).view(W.shape)}
         return new if self.bias is None else new | {"bias": self.bias.detach()}
@@ -85,15 +87,15 @@ class LowRankConv(Adapter):
 def stacked(mixture: Mixture, rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """(rows, in, rank) and (rows, rank, out) with the scale in it; zeros for rows without adapter. Kept while no weight changes."""
     many: Any = mixture.adapters
-    keep = not torch.is_grad_enabled() and not any(a.A.is_inference() for a in many)
-    key = (len(rows), dtype, *(v for a in many for v in (a.A._version, a.B._version))) if keep else None
-    if keep and key in mixture.cache:
-        return mixture.cache[key]  # type: ignore[no-any-return]
+    versions = None if torch.is_grad_enabled() else mixture.versions()
+    key = (len(rows), dtype, versions)
+    if versions is not None and mixture.cache.get("key") == key:
+        return mixture.cache["stacks"]  # type: ignore[no-any-return]
     rank = max(a.A.shape[0] for a in many)
     A = torch.stack([F.pad(a.A.to(dtype), (0, 0, 0, rank - a.A.shape[0])) for a in many])
     B = torch.stack([F.pad(a.B.to(dtype) * a.scale, (0, rank - a.B.shape[1])) for a in many])
-    with_none = rows.clamp_min(0)
-    out = A[with_none].mT, (B[with_none] * (rows >= 0).to(dtype)[:, None, None]).mT
-    if keep:
-        mixture.cache = {key: out}
-    return out
+    owner = rows.clamp_min(0)
+    stacks = A[owner].mT, (B[owner] * (rows >= 0).to(dtype)[:, None, None]).mT
+    if versions is not None:
+        mixture.cache.update(key=key, stacks=stacks)
+    return stacks
