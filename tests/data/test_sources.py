@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 import json
+import os
 import subprocess
 import sys
 import textwrap
@@ -139,6 +141,18 @@ def test_empty_files(folder):
     says("c.json has no rows", sources="c.json")
 
 
+@pytest.mark.skipif(os.geteuid() == 0, reason="the superuser can read every file")
+def test_files_that_cannot_be_read(folder):
+    lines(folder / "a.jsonl", TEXT)
+    (folder / "a.jsonl").chmod(0)
+    says("a.jsonl cannot be read: Permission denied")
+
+
+def test_blank_lines_before_the_first_row(folder):
+    (folder / "a.jsonl").write_text("\n" * 5000 + json.dumps(TEXT))
+    assert load_rows("a.jsonl")[0].where == "a.jsonl:5001"
+
+
 def test_broken_lines_come_together(folder):
     lines(folder / "a.jsonl", TEXT, *['{"text": "never closed' + str(i) for i in range(7)], TEXT)
     text = says("7 broken lines, the first 5:", "a.jsonl:2: broken JSON", "the line begins {", "a.jsonl:6:")
@@ -215,29 +229,38 @@ def test_messages(folder):
     says("conversations[0] has the role 'robot'; known are", "human, gpt")
 
 
-@pytest.mark.parametrize(
-    ("missing", "source", "want"),
-    [
-        ("pyarrow", "a.parquet", "a.parquet is parquet, which needs pyarrow: pip install 'weft[parquet]'"),
-        ("datasets", "hf:org/name[train]", "hf:org/name[train] is read with the datasets package: pip install 'weft[datasets]'"),
-    ],
-)
-def test_extras_that_are_not_installed(folder, missing, source, want):
-    """In a process of its own where the package really cannot be imported."""
+def test_extras_that_are_not_installed(folder):
+    """In a process of its own where the packages really cannot be imported."""
     (folder / "a.parquet").write_bytes(b"PAR1")
-    code = f"""
+    code = """
         import sys
-        sys.modules[{missing!r}] = None  # how Python itself marks a module that is not there
+        sys.modules["pyarrow"] = sys.modules["datasets"] = None  # how Python itself marks a module that is not there
         from weft.data import load_rows
         from weft.core import WeftError
-        try:
-            load_rows({source!r})
-        except WeftError as error:
-            print(error)
+        for source in ("a.parquet", "hf:org/name[train]"):
+            try:
+                load_rows(source)
+            except WeftError as error:
+                print(error)
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == want
+    assert done.stdout.splitlines() == [
+        "a.parquet is parquet, which needs pyarrow: pip install 'weft[parquet]'",
+        "hf:org/name[train] is read with the datasets package: pip install 'weft[datasets]'",
+    ]
 
 
 def test_names_on_the_hub():
     says('write "hf:org/name", "hf:org/name[split]"', sources="hf:")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("datasets") is None, reason="needs the datasets package (the extra weft[datasets])")
+@pytest.mark.filterwarnings("default")  # what datasets warns of is its own affair
+def test_a_data_set_by_name(folder, monkeypatch):
+    """A folder stands in for the hub: datasets reads both in the same way."""
+    (folder / "set").mkdir()
+    lines(folder / "set" / "train.jsonl", *[PROMPT] * 5)
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(folder / "cache"))
+    rows = load_rows("hf:set[train[1:4]]")
+    assert [row.where for row in rows] == [f"hf:set[train[1:4]][{i}]" for i in range(3)] and rows[0].format == "prompt"
+    says("hf:set[nowhere]: ", sources="hf:set[nowhere]")

@@ -79,10 +79,10 @@ def test_varlen_is_the_twin_of_padded(window, groups, dtype):
     cu = starts(lengths, "cuda")
     got = attention.varlen(q, k, v, cu, max(lengths), 0.3, window)
     want = attention.padded(q.float(), k.float(), v.float(), cu, 0.3, window)
-    torch.testing.assert_close(got.float(), want, rtol=2e-2, atol=2e-2)
+    assert float((got.float() - want).detach().norm()) < 1e-2 * float(want.detach().norm())
     weight = torch.randn_like(want)
     for a, b in zip(*(torch.autograd.grad((x.float() * weight).sum(), (q, k, v)) for x in (got, want)), strict=True):
-        torch.testing.assert_close(a.float(), b.float(), rtol=4e-2, atol=4e-2)
+        assert float((a.float() - b.float()).norm()) < 1e-2 * float(b.float().norm())
 
 
 @cuda
@@ -130,7 +130,7 @@ def test_no_mask_is_built(monkeypatch):
     lengths = [64] * 64
     cu = starts(lengths)
     ids, positions = torch.zeros(1, 4096, dtype=torch.int64), torch.arange(64).repeat(64)[None]
-    with torch.no_grad(), torch.profiler.profile(profile_memory=True) as profile:
+    with torch.no_grad(), torch.profiler.profile(profile_memory=True, acc_events=True) as profile:
         model(ids, position_ids=positions, use_cache=False, **attention.packed_kwargs(cu, lengths))
     largest = max(event.self_cpu_memory_usage for event in profile.events())
     assert 4096 * 32 * 4 <= largest < 4096 * 4096  # bytes: the hidden states are seen, a mask is not

@@ -172,7 +172,8 @@ class Batches:
     def describe(self) -> str:
         """One line for the user."""
         how = "packed" if self.packing else f"padded, {self.padding:.1%} padding"
-        return f"{len(self):,} batches an epoch, {how}, {self.fill:.1%} of {self.tokens:,} tokens used"
+        count = "1 batch" if len(self) == 1 else f"{len(self):,} batches"
+        return f"{count} an epoch, {how}, {self.fill:.1%} of {self.tokens:,} tokens used"
 
     def _packed(self, rng: np.random.Generator) -> list[list[int]]:
         shuffled = rng.permutation(len(self.examples))

@@ -76,18 +76,22 @@ def _near(path: Path) -> str:
 
 def _file(path: Path, problems: Problems) -> Source:
     kind = KINDS.get(path.suffix.lower())
-    with path.open("rb") as f:
-        head = f.read(4096)
+    try:
+        with path.open("rb") as f:
+            data = f.read(4096) if kind == "parquet" else f.read()
+    except OSError as error:
+        problems.add("files that cannot be read", f"{path} cannot be read: {error.strerror}")
+        return Source(str(path), kind or "text")
     if kind is None and path.suffix.lower() not in TEXT:
-        start = head.removeprefix(b"\xef\xbb\xbf").lstrip()[:4]
+        start = data[:4096].removeprefix(b"\xef\xbb\xbf").lstrip()[:4]
         kind = "parquet" if start == b"PAR1" else "JSON" if start[:1] in (b"{", b"[") else None
     source = Source(str(path), kind or "text")
-    if not head.strip():
+    if not data.strip():
         problems.add("empty files", f"{path} is empty")
     elif kind == "parquet":
         source.records = list(_parquet(path, problems))
     else:
-        text = _decoded(path, problems)
+        text = _decoded(path, data, problems)
         if text is not None:
             reader = {"JSON": _json, "CSV": _csv, "text": _text}[source.kind]
             source.records = list(reader(source, text, problems))
@@ -96,8 +100,7 @@ def _file(path: Path, problems: Problems) -> Source:
     return source
 
 
-def _decoded(path: Path, problems: Problems) -> str | None:
-    data = path.read_bytes()
+def _decoded(path: Path, data: bytes, problems: Problems) -> str | None:
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:

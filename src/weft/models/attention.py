@@ -11,6 +11,7 @@ Two twins do the same work: `padded` on any device and dtype, `varlen` (FlashAtt
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,6 +31,8 @@ except ImportError:  # a torch built without it: the padded twin does the work
     varlen_attn = None
 
 NAME = "weft"
+# Since 2.13 heads in groups must be asked for; 2.11 takes them as they come and has no such argument.
+GROUPED = {"enable_gqa": True} if varlen_attn is not None and "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 ALIKE = 0.7  # rows share a padded block when none is shorter than this share of the longest: at most 1.3 times the tokens, few launches
 logger = logging.getLogger("weft")
 
@@ -167,12 +170,8 @@ def padded(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float | N
 
 def varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int, scale: float | None, window: int | None) -> Tensor:
     """The same by FlashAttention over the packed tokens as they lie. 16-bit CUDA tensors, equal head sizes up to 256."""
-    # The positional form up to max_k, `scale` and `window_size` are common to torch 2.11 and 2.13.
     reach = (-1, 0) if window is None else (window - 1, 0)
-    options = {"scale": scale, "window_size": reach}
-    if q.shape[1] != k.shape[1]:
-        options["enable_gqa"] = True
-    return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, **options)
+    return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, scale=scale, window_size=reach, **GROUPED)
 
 
 def can_varlen(q: Tensor, v: Tensor, dropout: float) -> bool:
