@@ -89,7 +89,7 @@ def stream(speaker: Speaker, chat: Sequence[Message], said: list[str] | None = N
     try:
         speaker.answer([chat], on_text=show)
     finally:
-        sys.stdout.write("\n")
+        sys.stdout.write("\n" if said else "")
         sys.stdout.flush()
     return "".join(said)
 

@@ -86,7 +86,9 @@ def _chunks(rows: Sequence[Row], progress: bool) -> Iterator[int]:
     """Where each chunk starts; with a bar on the terminal once it takes long."""
     began = time.monotonic()
     columns = (TextColumn("tokenising"), BarColumn(), MofNCompleteColumn(), TextColumn("rows"), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True, auto_refresh=False, disable=not progress) as bar:
+    console = Console(stderr=True)
+    shown = progress and console.is_terminal  # elsewhere rich would print an empty line
+    with Progress(*columns, console=console, transient=True, auto_refresh=False, disable=not shown) as bar:
         task = None
         for start in range(0, len(rows), CHUNK):
             if task is None and time.monotonic() - began > PATIENCE:

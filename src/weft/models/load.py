@@ -58,7 +58,10 @@ def load_base(name: str | Path = "embedded", base: str = "auto", device: str | t
     try:
         with _quiet(source):
             cls = _architecture(source)
-            model, info = cls.from_pretrained(source, dtype=dtype, output_loading_info=True, local_files_only=Path(source).is_dir())
+            model, info = cls.from_pretrained(
+                source, dtype=dtype, output_loading_info=True, local_files_only=Path(source).is_dir(),
+                ignore_mismatched_sizes=True,  # `_check_weights` names them; transformers would only say that there are some
+            )  # fmt: skip
     except (OSError, ValueError, RuntimeError, SafetensorError, KeyError) as e:
         first = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
         raise WeftError(f"{name} could not be loaded as a model: {first}") from e
@@ -105,10 +108,11 @@ def _check_folder(folder: Path) -> None:
 
 def _check_weights(name: str | Path, info: Any) -> None:
     """transformers only warns of weights that are missing or of another shape, and goes on with random numbers."""
-    missing, wrong = sorted(info["missing_keys"]), sorted(map(str, info.get("mismatched_keys", ())))
+    missing = sorted(info["missing_keys"])
+    wrong = sorted(f"{key} (is {tuple(there)}, should be {tuple(here)})" for key, there, here in info.get("mismatched_keys", ()))
     if missing or wrong:
         told = [f"missing: {', '.join(missing[:5])}{f' and {len(missing) - 5} more' if len(missing) > 5 else ''}"] if missing else []
-        told += [f"of another shape: {', '.join(wrong[:5])}"] if wrong else []
+        told += [f"of another shape: {', '.join(wrong[:5])}{f' and {len(wrong) - 5} more' if len(wrong) > 5 else ''}"] if wrong else []
         unexpected = sorted(info.get("unexpected_keys", ()))
         told += [f"in the file but not in the model: {', '.join(unexpected[:5])}"] if unexpected else []
         raise WeftError(f"the weights of {name} do not belong to its config.json; " + "; ".join(told))
