@@ -41,8 +41,10 @@ def say(text: str) -> None:
 @contextmanager
 def step(what: str, spin: bool = True, tell: bool = True) -> Iterator[None]:
     """Shows `what` while the block runs by a spinner on a terminal; afterwards, if `tell`, a line if it took over two seconds."""
+    from rich.markup import escape
+
     console, began = err(), time.perf_counter()
-    with console.status(what) if spin and console.is_terminal else nullcontext():
+    with console.status(escape(what)) if spin and console.is_terminal else nullcontext():
         yield
     if tell and (seconds := time.perf_counter() - began) > WORTH_TELLING:
         console.print(f"{what}: {seconds:.1f} s", markup=False, style="dim")

@@ -103,7 +103,9 @@ def side_by_side(speaker: Speaker, chat: Sequence[Message], names: Sequence[str 
     console, titles, said = out(), [n or "base" for n in names], [""] * len(names)
 
     def table() -> Any:
-        made = Table(*titles, expand=True)
+        made = Table(expand=True)
+        for title in titles:
+            made.add_column(title, ratio=1)
         made.add_row(*map(Text, said))
         return made
 
