@@ -10,7 +10,6 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-import jsonargparse
 import yaml
 
 from weft.core import METHODS, Method, WeftError
@@ -80,17 +79,6 @@ class _Dumper(yaml.SafeDumper):
 
 
 _Dumper.add_representer(list, lambda d, x: d.represent_sequence("tag:yaml.org,2002:seq", x, flow_style=True))
-
-
-def recipe_parser(**kwargs: Any) -> jsonargparse.ArgumentParser:
-    """An argument parser with one flag for every setting of a recipe, made from the dataclasses: the help and the reference page.
-
-    `load_recipe(file, flags)` reads the flags themselves, since it finds all that is wrong with them at once.
-    """
-    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = jsonargparse.ArgumentParser(exit_on_error=False, **kwargs)
-    parser.add_class_arguments(Recipe, None)
-    return parser
 
 
 def settings(of: Any = Recipe, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
