@@ -56,6 +56,22 @@ class Muon:
             torch._foreach_add_(group, list(update.unbind()), alpha=-lr)
 
 
+def noise(model: nn.Module, share: Tensor, tokens: Tensor) -> None:
+    """Dropout, by row (n,): `share` of what every attention and every MLP adds, and `tokens` whole embeddings. Prose is little and is seen many times:
+    without this it is learned by heart after ten passes. Only where gradients are wanted."""
+
+    def drop(_: nn.Module, __: object, y: Tensor) -> Tensor | None:
+        return y * (torch.rand_like(y) >= share[:, None, None]) / (1 - share[:, None, None]) if torch.is_grad_enabled() else None
+
+    def blind(_: nn.Module, __: object, y: Tensor) -> Tensor | None:
+        return y * (torch.rand_like(y[..., :1]) >= tokens[:, None, None]) if torch.is_grad_enabled() else None
+
+    model.model.embed_tokens.register_forward_hook(blind)
+    for layer in model.model.layers:
+        layer.self_attn.o_proj.register_forward_hook(drop)
+        layer.mlp.down_proj.register_forward_hook(drop)
+
+
 class Data:
     """The token ids on the device; batches of windows, a pure function of the seed."""
 
@@ -161,6 +177,8 @@ def main() -> None:
         w = weight[roles(ids[:, :-1])]
         return (losses(model, ids) * w).sum() / w.sum()
 
+    by_row = [torch.tensor([recipe[key][k] for k, n in zip(KINDS, data.rows, strict=True) for _ in range(n)], device=args.device) for key in ("dropout", "blind")]
+    noise(model, *by_row)
     run = objective if args.eager else torch.compile(objective)
     history, start = [], time.time()
     for step in range(steps + 1):

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-GRID = {"r1": [3e-3, 1e-2, 2e-2, 4e-2], "r8": [2e-3, 5e-3, 1e-2, 2e-2], "full": [3e-4, 1e-3, 2e-3, 4e-3]}
+GRID = {"r1": [1e-3, 2e-3, 4e-3, 8e-3], "r8": [1e-3, 2e-3, 4e-3, 8e-3], "full": [1e-4, 3e-4, 6e-4, 1.2e-3]}
 
 
 def load_demo():  # the file by itself: it needs the standard library only

@@ -8,13 +8,12 @@ function of the seed and of the sentences that are handed in.
 from __future__ import annotations
 
 import json
-import random
-import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from lexicon import (ABBREVIATIONS, ADJECTIVES, COLOURS, MONTHS, NAMES, NOUNS, OPPOSITES, PLACES, SYLLABLES, VERBS, WEEKDAYS, cased, number_words,
-                     ordinal_words, plural, year_words)
+import grammar
+from bank import Bank
+from lexicon import ABBREVIATIONS, MONTHS, NOUNS, OPPOSITES, WEEKDAYS, number_words, ordinal_words, plural, year_words
 
 Sample = Callable[[], tuple[str, str]]
 
@@ -25,76 +24,6 @@ class Skill:
 
     wordings: list[str]
     sample: Sample
-
-
-@dataclass
-class Bank:
-    """What the inputs are drawn from: words and sentences of one side of the corpus, and lists of names."""
-
-    rng: random.Random
-    words: list[str]
-    sentences: list[str]
-    seen: list[str] = field(default_factory=list)
-
-    def pseudo(self) -> str:
-        return "".join(self.rng.choice(SYLLABLES) for _ in range(self.rng.randint(2, 3)))
-
-    def word(self) -> str:
-        r = self.rng.random()
-        if r < 0.5:
-            return self.rng.choice(self.words)
-        pool = NOUNS if r < 0.68 else ADJECTIVES if r < 0.76 else NAMES if r < 0.86 else PLACES if r < 0.92 else None
-        if pool is not None:
-            return self.rng.choice(pool)
-        return self.pseudo() if r < 0.97 else cased(self.rng, self.pseudo())
-
-    def distinct(self, low: int, high: int) -> list[str]:
-        want, out = self.rng.randint(low, high), []
-        while len(out) < want:
-            w = self.word()
-            if w not in out:
-                out.append(w)
-        return out
-
-    def text(self) -> str:
-        r = self.rng.random()
-        if r < 0.35:
-            return self.rng.choice(self.sentences)
-        return " ".join(self.distinct(2, 7)) if r < 0.85 else self.story()[0]
-
-    def number(self) -> int:
-        return self.rng.randint(0, 10 ** self.rng.randint(1, 4))
-
-    def value(self) -> str | int | float:
-        r = self.rng.random()
-        if r < 0.3:
-            return self.number()
-        if r < 0.38:
-            return self.rng.randint(1, 9999) / 100
-        return self.word() if r < 0.75 else " ".join(self.distinct(2, 3))
-
-    def pairs(self) -> dict[str, str | int | float]:
-        return {k: self.value() for k in self.distinct(2, 4)}
-
-    def story(self) -> tuple[str, dict[str, str]]:
-        """A plain sentence and what stands in it, by role."""
-        r = self.rng
-        n, unit = r.randint(2, 60), r.choice(NOUNS)
-        got = {"person": r.choice(NAMES) if r.random() < 0.7 else cased(r, self.pseudo()), "place": r.choice(PLACES), "thing": r.choice(NOUNS),
-               "colour": r.choice(COLOURS), "number": str(n) if r.random() < 0.6 else number_words(n), "verb": r.choice(VERBS), "quality": r.choice(ADJECTIVES)}
-        p, q, t, c, k, v, a = (got[x] for x in ("person", "place", "thing", "colour", "number", "verb", "quality"))
-        forms = [
-            ("{p} {v} the {c} {t} in {q}.", "person verb colour thing place"), ("In {q}, {p} {v} {k} {ts}.", "place person verb number"),
-            ("The {a} {t} from {q} was {v} by {p}.", "quality thing place verb person"), ("{p} from {q} has {k} {c} {us}.", "person place number colour"),
-            ("There are {k} {ts} and a {c} {u} in {q}.", "number colour place"), ("Yesterday {p} {v} a {a}, {c} {t}.", "person verb quality colour thing"),
-            ("Nobody in {q} knows why {p} {v} the {t}.", "place person verb thing"), ("Please send {k} {c} {ts} to {p} in {q}.", "number colour person place"),
-            ("{p} said that the {t} is {a} and that it weighs {k} kilograms.", "person thing quality number"),
-            ("After {k} hours, the {a} {t} reached {q}.", "number quality thing place"), ("We sold the {t} to {p}, who lives in {q}.", "thing person place"),
-            ("The {c} one belongs to {p}; the other {k} are in {q}.", "colour person number place"),
-        ]
-        form, roles = r.choice(forms)
-        text = form.format(p=p, q=q, t=t, ts=plural(t), c=c, k=k, v=v, a=a, u=unit, us=plural(unit))
-        return re.sub(r"\b([Aa]) (?=[aeiou])", r"\1n ", text), {x: got[x] for x in roles.split()}
 
 
 def camel(words: list[str]) -> str:
@@ -391,56 +320,15 @@ def on_sentences(b: Bank) -> Skill:
                      Skill(["Continue the sentence", "Complete"], half), Skill(["Correct the capital letters and the full stop", "Tidy up"], repair)])
 
 
+def on_grammar(b: Bank) -> Skill:
+    """One form of a generated technical sentence into another: tense, number, negation, voice, question."""
+    wordings, sample = grammar.change(b.rng)
+    return Skill(wordings, sample)
+
+
 FAMILIES = [(on_words, 5), (on_lists, 2), (on_a_word, 2), (on_letters, 2), (on_numbers, 5), (on_calendar, 3), (on_pairs, 6), (on_template, 5), (on_story, 5),
-            (on_small_facts, 2), (on_sentences, 3)]
+            (on_small_facts, 2), (on_sentences, 3), (on_grammar, 6)]
 
 
 def skill(b: Bank) -> Skill:
     return b.rng.choices([f for f, _ in FAMILIES], [w for _, w in FAMILIES])[0](b)
-
-
-SYSTEMS = ["Answer with the result only.", "You change texts as you are told.", "You are a careful assistant.", "Do what the user asks, without comment."]
-Message = dict[str, str]
-
-
-def conversation(b: Bank) -> list[Message] | str:
-    """One row of training text: a chat of one to three turns, examples to follow, or plain text."""
-    r = b.rng
-    form = r.random()
-    if form < 0.12:
-        s = skill(b)
-        w, (text, answer) = r.choice(s.wordings), s.sample()
-        return r.choice([f"{w}: {text}\n{answer}\n", f"{text}\n{w}: {answer}\n", f"Task: {w}\nInput: {text}\nOutput: {answer}\n", f"{w}.\n\n{text}\n\n{answer}\n"])
-    if form < 0.24:
-        return examples(b)
-    messages: list[Message] = []
-    s = skill(b)
-    if form < 0.44:  # the system says what to do, the user only gives texts
-        messages.append({"role": "system", "content": r.choice(s.wordings) + r.choice(("", ".", " of what the user writes."))})
-        for _ in range(r.choice((1, 1, 2, 3))):
-            text, answer = s.sample()
-            messages += [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]
-        return messages
-    if form < 0.52:
-        messages.append({"role": "system", "content": r.choice(SYSTEMS)})
-    for turn in range(r.choice((1, 1, 1, 2))):
-        s = s if turn == 0 else skill(b)
-        text, answer = s.sample()
-        w = r.choice(s.wordings)
-        ask = r.choice((f"{w}: {text}", f"{w}: {text}", f"{w}:\n{text}", f"{w}\n{text}", f"{text}\n{w}", f"{w[0].lower()}{w[1:]}: {text}"))
-        messages += [{"role": "user", "content": ask}, {"role": "assistant", "content": answer}]
-    return messages
-
-
-def examples(b: Bank) -> list[Message] | str:
-    """The same transformation shown two to four times without being named, then once more: to be read off the examples."""
-    r = b.rng
-    s = skill(b)
-    shown = [s.sample() for _ in range(r.randint(3, 5))]
-    if r.random() < 0.5:
-        mark, end = r.choice([(" -> ", "\n"), (" => ", "\n"), ("\n", "\n\n"), (": ", "\n"), ("\nOutput: ", "\n\n")])
-        return end.join(text + mark + answer for text, answer in shown) + "\n"
-    if r.random() < 0.5:
-        before = "\n".join(f"{text} -> {answer}" for text, answer in shown[:-1])
-        return [{"role": "user", "content": f"{before}\n{shown[-1][0]} ->"}, {"role": "assistant", "content": shown[-1][1]}]
-    return [m for text, answer in shown for m in ({"role": "user", "content": text}, {"role": "assistant", "content": answer})]

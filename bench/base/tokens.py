@@ -17,7 +17,8 @@ from pathlib import Path
 import corpus
 import lexicon
 import numpy as np
-import skills
+import rows as chats
+from bank import Bank
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 BOS, END, PAD, SYSTEM, USER, ASSISTANT = SPECIAL = ["<|bos|>", "<|end|>", "<|pad|>", "<|system|>", "<|user|>", "<|assistant|>"]
@@ -103,7 +104,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--python", nargs="*", default=[], help="interpreters to read; the first one gives the code (default: this one)")
     parser.add_argument("--vocabulary", type=int, default=4096)
-    parser.add_argument("--skills", type=int, default=400_000, help="rows of generated transformations")
+    parser.add_argument("--skills", type=int, default=600_000, help="rows of generated transformations")
     parser.add_argument("--tokenizer", type=Path, help="take this tokenizer.json instead of training one")
     args = parser.parse_args()
     documents, versions = corpus.build(args.python)
@@ -111,8 +112,8 @@ def main() -> None:
     rows: dict[bool, list[list[dict[str, str]] | str]] = {}
     for held, seed, n in ((False, 1, args.skills), (True, 2, 6000)):
         rng = random.Random(seed)
-        bank = skills.Bank(rng, words(side[held], 1 if held else 4), sentences(side[held]))
-        rows[held] = [skills.conversation(bank) for _ in range(n)]
+        bank = Bank(rng, words(side[held], 1 if held else 4), sentences(side[held]))
+        rows[held] = [chats.conversation(bank) for _ in range(n)]
         asked = questions(side[held], rng)
         rows[held] += asked
         rng.shuffle(rows[held])

@@ -1,11 +1,11 @@
 """The three tasks of the demo: small instruction sets that the embedded base has never seen, made from a seed.
 
-    dates      a sentence with a date in words                 ->  2019-03-23
-    records    an order in a sentence                          ->  {"name": "Ada Weber", "item": "lamp", "count": 3, "city": "Oslo"}
-    style      a product description                           ->  OAK DESK | brown | 120 cm | EUR 249.00
+    dates      a sentence with a date in words    ->  2019-03-23
+    records    an order in a sentence             ->  {"name": "Ada Weber", "item": "lamp", "count": 12, "city": "Oslo", "express": true}
+    style      a product description              ->  TABL-N3 | OAK DESK | 120 cm | EUR 249.00
 
-Rows are chats (`{"messages": [user, assistant]}`), scored by exact match. Which side a row falls on is decided by the hash of what it is about (the
-day; the customer and the item; the product), so a held-out row asks for a combination that no training row contains.
+Rows are chats (`{"messages": [user, assistant]}`), scored by exact match. Which side a row falls on is decided by the hash of what it is
+about (the day; the customer and the item; the product), so a held-out row asks for a combination that no training row contains.
 """
 
 from __future__ import annotations
@@ -43,7 +43,13 @@ class Task:
     make: Callable[[random.Random], tuple[str, str, str]]
 
 
-ONES = ("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen").split()
+def _words(text: str, separator: str | None = None) -> list[str]:
+    return text.split(separator)
+
+
+ONES = _words(
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen"
+)
 TENS = ("", "", "twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety")
 ORDINAL = {"one": "first", "two": "second", "three": "third", "five": "fifth", "eight": "eighth", "nine": "ninth", "twelve": "twelfth"}
 
@@ -76,89 +82,167 @@ def year_in_words(year: int) -> str:
     return f"{in_words(century)} " + ("hundred" if not rest else f"oh {ONES[rest]}" if rest < 10 else in_words(rest))
 
 
-EVENTS = ["The contract was signed", "The bridge was opened", "The last ferry left", "Her passport expires", "The museum closed", "The trial began", "My sister was born",
-          "The warranty ends", "The library reopened", "The factory burned down", "Our lease starts", "The treaty took effect", "The patent was filed",
-          "The concert was moved", "The road was blocked", "The results came out", "The choir sang", "The office moved", "The plant flowered", "The bill is due"]
-TAILS = ["", "", "", ", in heavy rain", ", long before noon", ", to everyone's surprise", " at gate 14", " in room 302", ", as agreed", " with 250 guests",
-         ", at half past nine", ", after 3 delays", ", says the report", " under a new name", " in both towns"]
+EVENTS = _words(
+    "The contract was signed/The bridge was opened/The last ferry left/Her passport expires/The museum closed/The trial "
+    "began/My sister was born/"
+    "The warranty ends/The library reopened/The factory burned down/Our lease starts/The treaty took effect/The patent was filed/"
+    "The concert was moved/The road was blocked/The results came out/The choir sang/The office moved/The plant flowered/The bill is due",
+    "/",
+)
+TAILS = _words(
+    "///, in heavy rain/, long before noon/, to everyone's surprise/ at gate 14/ in room 302/, as agreed/ with 250 guests/"
+    ", at half past nine/, after 3 delays/, says the report/ under a new name/ in both towns",
+    "/",
+)
+SHIFTS = {"the day before ": 1, "the day after ": -1, "a week after ": -7}  # by how many days the named day is later than the answer
+
+
+def day_in_words(r: random.Random, date: datetime.date) -> str:
+    """A date in one of many wordings."""
+    name, week, d = calendar.month_name[date.month], calendar.day_name[date.weekday()], date.day
+    short = name[:3] + "." if len(name) > 4 else name
+    y = str(date.year) if r.random() < 0.5 else year_in_words(date.year)
+    forms = (
+        f"the {ordinal(d)} of {name} {y}",
+        f"{name} the {ordinal(d)}, {y}",
+        f"the {ordinal_digits(d)} of {name} {y}",
+        f"{name} {d}, {date.year}",
+        f"{d} {name} {y}",
+        f"{week}, the {ordinal(d)} of {name} {y}",
+        f"{week}, {short} {d}, {date.year}",
+        f"the {ordinal(d)} day of {name} in {y}",
+        f"{short} {ordinal_digits(d)}, {date.year}",
+    )
+    return r.choice(forms)
 
 
 def make_date(r: random.Random) -> tuple[str, str, str]:
-    year, month = r.randint(1900, 2059), r.randint(1, 12)
-    day = r.randint(1, calendar.monthrange(year, month)[1])
-    date = datetime.date(year, month, day)
-    name, week = calendar.month_name[month], calendar.day_name[date.weekday()]
-    short = name[:3] + "." if len(name) > 4 else name
-    y = str(year) if r.random() < 0.5 else year_in_words(year)
-    forms = [f"the {ordinal(day)} of {name} {y}", f"{name} the {ordinal(day)}, {y}", f"the {ordinal_digits(day)} of {name} {y}", f"{name} {day}, {year}",
-             f"{day} {name} {y}", f"{week}, the {ordinal(day)} of {name} {y}", f"{week}, {short} {day}, {year}", f"the {ordinal(day)} day of {name} in {y}",
-             f"{short} {ordinal_digits(day)}, {year}"]
-    when, event, tail = r.choice(forms), r.choice(EVENTS), r.choice(TAILS)
+    date = datetime.date(1900, 1, 8) + datetime.timedelta(days=r.randrange(58_000))
+    kind = r.random()
+    if kind < 0.07:
+        date = date.replace(day=calendar.monthrange(date.year, date.month)[1])
+        when = f"the last day of {calendar.month_name[date.month]} {date.year}"
+    elif kind < 0.28:
+        before = r.choice(list(SHIFTS))
+        when = before + day_in_words(r, date + datetime.timedelta(days=SHIFTS[before]))
+    else:
+        when = day_in_words(r, date)
+    event, tail = r.choice(EVENTS), r.choice(TAILS)
     text = f"{event} on {when}{tail}." if r.random() < 0.7 else f"On {when}, {event[0].lower()}{event[1:]}{tail}."
     return date.isoformat(), text, date.isoformat()
 
 
-FIRST = ("Ada Alan Amir Anna Boris Carla Chen Clara Dana David Elena Emil Eva Felix Grace Hana Hugo Ines Ivan Jane Jonas Julia Karl Lena Leo Linda Lucas Maria "
-         "Mark Maya Nadia Noah Nora Olga Oscar Paul Petra Priya Rosa Ruth Sam Sofia Tara Tom Vera Victor Yusuf Zoe").split()
-LAST = ("Adler Baker Berg Costa Diaz Dumont Ferrer Fischer Gomez Hale Hansen Horvat Ito Jensen Kaur Keller Kim Larsen Lund Marino Meyer Moreau Novak Okafor Olsen "
-        "Park Patel Reed Rossi Sato Silva Stone Tanaka Vidal Walker Weber Wong Young").split()
-CITIES = ("Athens Austin Berlin Bern Boston Cairo Dakar Delhi Denver Dublin Geneva Hanoi Helsinki Lagos Leeds Lima Lisbon London Madrid Manila Milan Nairobi Oslo "
-          "Paris Porto Prague Quito Riga Rome Seoul Sydney Tokyo Toronto Tunis Vienna Warsaw").split()
-ITEMS = ("lamp chair desk kettle bottle candle clock coat cup fan flag guitar hammer helmet jacket kite ladder map mirror monitor mug notebook pencil phone pillow "
-         "plate poster printer radio rope rug sofa spoon stool stove tent towel tray vase wallet").split()
-PRONOUNS = {True: "its", False: "their"}
+FIRST = _words(
+    "Ada Alan Amir Anna Boris Carla Chen Clara Dana David Elena Emil Eva Felix Grace Hana Hugo Ines Ivan Jane Jonas Julia "
+    "Karl Lena Leo Linda Lucas "
+    "Maria Mark Maya Nadia Noah Nora Olga Oscar Paul Petra Priya Rosa Ruth Sam Sofia Tara Tom Vera Victor Yusuf Zoe"
+)
+LAST = _words(
+    "Adler Baker Berg Costa Diaz Dumont Ferrer Fischer Gomez Hale Hansen Horvat Ito Jensen Kaur Keller Kim Larsen Lund "
+    "Marino Meyer Moreau Novak "
+    "Okafor Olsen Park Patel Reed Rossi Sato Silva Stone Tanaka Vidal Walker Weber Wong Young"
+)
+CITIES = _words(
+    "Athens Austin Berlin Bern Boston Cairo Dakar Delhi Denver Dublin Geneva Hanoi Helsinki Lagos Leeds Lima Lisbon London "
+    "Madrid Manila Milan "
+    "Nairobi Oslo Paris Porto Prague Quito Riga Rome Seoul Sydney Tokyo Toronto Tunis Vienna Warsaw"
+)
+ITEMS = _words(
+    "lamp chair desk kettle bottle candle clock coat cup fan flag guitar hammer helmet jacket kite ladder map mirror monitor "
+    "mug notebook pencil "
+    "phone pillow plate poster printer radio rope rug sofa spoon stool stove tent towel tray vase wallet"
+)
+COUNTS = {12: "a dozen", 6: "half a dozen", 2: "a pair of", 24: "two dozen", 20: "a score of"}
+EXPRESS = {
+    True: ["by express", "urgently", "as soon as possible", "overnight"],
+    False: ["", "", "by post", "with no hurry", "by standard mail"],
+}
 
 
 def make_record(r: random.Random) -> tuple[str, str, str]:
-    first, last, item, count = r.choice(FIRST), r.choice(LAST), r.choice(ITEMS), r.choice([1, *range(2, 41)])
-    city = r.choice(CITIES) if r.random() < 0.8 else None
+    first, last, item, count = r.choice(FIRST), r.choice(LAST), r.choice(ITEMS), r.choice([1, *range(2, 41), *COUNTS])
+    city, express = r.choice(CITIES) if r.random() < 0.8 else None, r.random() < 0.4
     name = f"{first} {last}"
-    n = ("one" if r.random() < 0.5 else "a single") if count == 1 else in_words(count) if r.random() < 0.6 else str(count)
-    what = f"{n} {item}" if count == 1 else f"{n} {item}s"
-    to = f" to {city}" if city else ""
-    place = f" in {city}" if city else ""
-    of = f" from {city}" if city else ""
-    forms = [f"{name}{of} ordered {what}.", f"Please send {what}{to} for {name}.", f"{what[0].upper()}{what[1:]} for {name}{place}, please.",
-             f"We shipped {what}{to}; the customer is {last}, {first}.", f"Ms {last}, first name {first}, wants {what}{place}.",
-             f"{name} called and asked for {what}, delivered{to or ' as usual'}.", f"An order of {what} came in from {name}{place}.",
-             f"{first} needs {what}{place} (family name {last}).", f"Customer {name} changed the order: now {what}{to}.",
-             f"The parcel with {what} goes{to or ' out today'}, care of {name}.", f"It was {name} who bought {what}{place}."]
-    record = {"name": name, "item": item, "count": count, "city": city}
+    if count == 1:
+        what = f"{r.choice(('one', 'a single'))} {item}"
+    else:
+        what = f"{r.choice((in_words(count), in_words(count), str(count), COUNTS.get(count, str(count))))} {item}s"
+    how = r.choice(EXPRESS[express])
+    to, place, of = (f" to {city}", f" in {city}", f" from {city}") if city else ("", "", "")
+    how = f" {how}" if how else ""
+    forms = (
+        f"{name}{of} ordered {what}, to be sent{how}.",
+        f"Please send {what}{to}{how} for {name}.",
+        f"{what[0].upper()}{what[1:]} for {name}{place}{how}, please.",
+        f"We ship {what}{to}{how}; the customer is {last}, {first}.",
+        f"Ms {last}, first name {first}, wants {what}{place}{how}.",
+        f"{name} called and asked for {what}, delivered{to}{how}.",
+        f"An order of {what} came in from {name}{place}, to go out{how}.",
+        f"{first} needs {what}{place}{how} (family name {last}).",
+        f"Customer {name} changed the order: now {what}{to}{how}.",
+        f"The parcel with {what} goes out{to}{how}, care of {name}.",
+        f"It was {name} who wanted {what}{place}{how}.",
+    )
+    record = {"name": name, "item": item, "count": count, "city": city, "express": express}
     return f"{name}/{item}", r.choice(forms), json.dumps(record)
 
 
-PRODUCTS = ("desk chair lamp shelf table bench stool bowl vase tray clock mirror cabinet box basket frame bed ladder planter rack").split()
-MATERIALS = "oak steel glass bamboo cotton leather walnut copper marble pine linen brass cork wool granite birch".split()
-COLOURS = "red green blue yellow black white grey brown orange purple pink silver golden beige".split()
+RANGES = {
+    "SEAT": _words("chair stool bench sofa"),
+    "TABL": _words("desk table tray board"),
+    "STOR": _words("shelf cabinet box basket rack"),
+    "DECO": _words("vase bowl mirror frame clock planter"),
+    "REST": _words("bed pillow blanket"),
+    "LITE": _words("lamp candle lantern"),
+}
+RANGE_OF = {product: code for code, products in RANGES.items() for product in products}
+MATERIALS = _words("oak steel glass bamboo cotton leather walnut copper marble pine linen brass cork wool granite birch")
+# The house's own colour codes: nothing that a model could know.
+COLOURS = dict(
+    pair.split(":")
+    for pair in _words(
+        "red:R4 green:G2 blue:B7 yellow:Y1 black:K9 white:W0 grey:S5 brown:N3 orange:O8 purple:P6 pink:F4 silver:V2 golden:D7 beige:E5"
+    )
+)
 PRAISE = ["lovely", "sturdy", "elegant", "popular", "solid", "handsome", "clever", "classic", "charming", "much loved"]
-UNITS = [("centimetres", "cm", (20, 240)), ("millimetres", "mm", (100, 990)), ("kilograms", "kg", (2, 90)), ("litres", "l", (2, 60)), ("watts", "W", (5, 100))]
-MEASURE = {"cm": "{n} {u} wide", "mm": "{n} {u} deep", "kg": "{n} {u} in weight", "l": "{n} {u} in volume", "W": "rated at {n} {u}"}
+MEASURES = {
+    "cm": ("{n} centimetres wide", 20, 240),
+    "mm": ("{n} millimetres deep", 100, 990),
+    "kg": ("{n} kilograms in weight", 2, 90),
+    "l": ("{n} litres in volume", 2, 60),
+    "W": ("rated at {n} watts", 5, 100),
+}
+SENSIBLE = {"l": _words("box basket vase bowl planter cabinet"), "W": _words("lamp candle lantern clock mirror")}
 
 
 def make_line(r: random.Random) -> tuple[str, str, str]:
-    product, material, colour = r.choice(PRODUCTS), r.choice(MATERIALS), r.choice(COLOURS)
-    unit, short, (low, high) = r.choice(UNITS)
-    size, euros = r.randint(low, high), r.randint(5, 480)
-    cents = r.choice([0, 0, 0, 50, 90, 95, 99])
-    measure = MEASURE[short].format(n=size, u=unit)
+    product, material, colour, unit = r.choice(list(RANGE_OF)), r.choice(MATERIALS), r.choice(list(COLOURS)), r.choice(list(MEASURES))
+    if unit in SENSIBLE and product not in SENSIBLE[unit]:
+        unit = r.choice(("cm", "mm", "kg"))
+    wording, low, high = MEASURES[unit]
+    size, euros, cents = r.randint(low, high), r.randint(5, 480), r.choice([0, 0, 0, 50, 90, 95, 99])
+    measure = wording.format(n=size)
     price = f"{euros}.{cents:02} euros" if cents else f"{in_words(euros) if r.random() < 0.5 else euros} euros"
     praise = r.choice(PRAISE)
     a = "an" if praise[0] in "aeiou" else "a"
-    forms = [f"This {praise} {colour} {product} is made of {material}, is {measure} and costs {price}.",
-             f"For {price} you get {a} {praise} {product} of {material}, {measure}, in {colour}.",
-             f"Made of {material}: our {praise} {product}, {measure}. It comes in {colour} and sells for {price}.",
-             f"Our {colour} {product} is {measure}. Pure {material}, {praise}, and yours for {price}.",
-             f"At {price}, the {praise} {product} in {colour} {material} is {measure}.",
-             f"Looking for a {product}? Take the {praise} {colour} one, {measure}, all {material}, now {price}."]
-    return f"{product}/{material}/{colour}", r.choice(forms), f"{material.upper()} {product.upper()} | {colour} | {size} {short} | EUR {euros}.{cents:02}"
+    forms = (
+        f"This {praise} {colour} {product} is made of {material}, is {measure} and costs {price}.",
+        f"For {price} you get {a} {praise} {product} of {material}, {measure}, in {colour}.",
+        f"Made of {material}: our {praise} {product}, {measure}. It comes in {colour} and sells for {price}.",
+        f"Our {colour} {product} is {measure}. Pure {material}, {praise}, and yours for {price}.",
+        f"At {price}, the {praise} {product} in {colour} {material} is {measure}.",
+        f"Looking for a {product}? Take the {praise} {colour} one, {measure}, all {material}, now {price}.",
+    )
+    answer = f"{RANGE_OF[product]}-{COLOURS[colour]} | {material.upper()} {product.upper()} | {size} {unit} | EUR {euros}.{cents:02}"
+    return f"{product}/{material}/{colour}", r.choice(forms), answer
 
 
 TASKS: dict[str, Task] = {
     t.name: t
     for t in (
         Task("dates", "a date in words -> ISO", "ISO date", 16, make_date),
-        Task("records", "an order in a sentence -> a JSON record", "JSON record", 56, make_record),
-        Task("style", "a product description -> the house style", "House style", 48, make_line),
+        Task("records", "an order in a sentence -> a JSON record", "JSON record", 64, make_record),
+        Task("style", "a product description -> the house style", "House style", 56, make_line),
     )
 }
 
@@ -169,7 +253,7 @@ def split_of(about: str) -> str:
 
 
 def generate(task: str | Task, split: str, rows: int, seed: int = 0) -> list[Row]:
-    """`rows` different chats of a task, a pure function of the arguments; no combination stands on both sides of the split, whatever the seeds.
+    """`rows` different chats of a task, a pure function of the arguments; no combination stands on both sides, whatever the seeds.
 
     Raises:
         ValueError: the task or the split has another name.
