@@ -97,6 +97,8 @@ def test_unknown_keys_all_at_once_with_the_nearest():
         ("method.rank", 0, "a rank of 0"),
         ("data.eval_split", 2.0, "data.eval_split"),
         ("train.lr", -1.0, "train.lr: -1.0 must be above 0"),
+        ("train.device", "gpu", "train.device: 'gpu' is not \"auto\""),
+        ("train.device", "cuda:77", "train.device: 'cuda:77' is not here; torch sees"),
         ("train.tokens", 0, "train.tokens: 0 must be at least 1"),
     ],
 )

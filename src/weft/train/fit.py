@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import ceil
@@ -212,7 +212,7 @@ def _finish(run: Run, data: _Data, tokenizer: Any, output: Output) -> Result:
     best = state.best if recipe.train.patience is not None else {}
     figures = best or state.last
     seconds = run.seconds()
-    numbers = {
+    numbers: dict[str, Any] = {
         "steps": state.step, "best_step": int(best["step"]) if best else None, "stopped": "end" if state.step >= run.steps else "patience",
         "train_loss": figures.get("train_loss"), "eval_loss": figures.get("eval_loss"), "exact_match": match.share if match else None,
         "seconds": round(seconds, 3), "tokens": state.tokens, "tokens_per_s": round(run.speed(), 1),
@@ -252,7 +252,7 @@ def _device(run: Run) -> str:
     return torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
 
 
-def _table(result: Result) -> Mapping[str, str]:
+def _table(result: Result) -> dict[str, str]:
     def number(value: float | None, form: str) -> str:
         return "-" if value is None else format(value, form)
 

@@ -180,7 +180,8 @@ def environment() -> dict[str, Any]:
     return {
         "weft": weft.__version__,
         "python": platform.python_version(),
-        **{name: _version(name) for name in ("torch", "transformers", "safetensors")},
+        "torch": torch.__version__,
+        **{name: _version(name) for name in ("transformers", "safetensors")},
         "cuda": torch.version.cuda,
         "git": _git(),
     }

@@ -6,8 +6,11 @@ under a field is its help text. `reading.py` reads and writes recipes, and finds
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Literal
+
+import torch
 
 from weft.core import Method, WeftError
 from weft.data import DataConfig
@@ -144,6 +147,11 @@ def check(recipe: Recipe) -> list[str]:
     need(t.spike == 0 or t.spike > 1, f"train.spike: {t.spike} must be above 1 (0: no spike guard)")
     need(t.spike_steps > 0, f"train.spike_steps: {t.spike_steps} must be at least 1")
     need(t.log_every > 0, f"train.log_every: {t.log_every} must be at least 1")
+    named = re.fullmatch(r"auto|cpu|cuda(:\d+)?|mps", t.device)
+    need(bool(named), f'train.device: {t.device!r} is not "auto", "cpu", "cuda" or "cuda:1"')
+    if named and t.device.startswith("cuda"):
+        there = torch.cuda.device_count()
+        need(int(t.device[5:] or 0) < there, f"train.device: {t.device!r} is not here; torch sees {there} CUDA devices")
     need(t.threads is None or t.threads > 0, f"train.threads: {t.threads} must be at least 1 (null: torch's own number)")
     need(e.max_new_tokens > 0, f"eval.max_new_tokens: {e.max_new_tokens} must be at least 1")
     need(e.batch > 0, f"eval.batch: {e.batch} must be at least 1")
