@@ -196,6 +196,9 @@ CASES = [
     Case("generate: too long", lambda w, at: ["generate", "--model", w.base, "x" * 200], ("does not fit", "160")),
     Case("generate: impossible sampling", lambda w, at: ["generate", "--model", w.base, "x", "--top-p", "2"], ("--top-p 2",)),
     Case("generate: prompts missing", lambda w, at: ["generate", "--model", w.base, "--file", at / "none"], ("prompts cannot be read",)),
+    Case("recipe: device unknown", lambda w, at: ["train", *w.flags, "--train.device", "gpu"], ("train.device", "gpu")),
+    Case("recipe: device not here", lambda w, at: ["train", *w.flags, "--train.device", "cuda:99"], ("train.device", "cuda:99")),
+    Case("device: not here", lambda w, at: ["generate", "--model", w.base, "--device", "cuda:99", "x"], ("cuda:99", "torch finds")),
     Case("device: unknown", lambda w, at: ["generate", "--model", w.base, "--device", "gpu", "x"], ("--device gpu", "cuda")),
 ]  # fmt: skip
 

@@ -167,6 +167,7 @@ def check_device(device: str | None) -> str | None:
         place = torch.device(device)
     except RuntimeError:
         raise UsageError(f"--device {device}: write cpu, cuda or cuda:1") from None
-    if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
-        raise UsageError(f"--device {device}: there {'is' if torch.cuda.device_count() == 1 else 'are'} {torch.cuda.device_count()} here")
+    have = torch.cuda.device_count()
+    if place.type == "cuda" and (place.index or 0) >= have:
+        raise UsageError(f"--device {device}: torch finds {have or 'no'} CUDA device{'' if have == 1 else 's'} here")
     return device
