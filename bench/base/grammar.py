@@ -28,7 +28,7 @@ CONDITIONS = ["the cache is empty", "the name is unknown", "the file does not ex
 
 
 def plural(noun: str) -> str:
-    return noun[:-1] + "ies" if noun.endswith("ry") else noun + ("es" if noun.endswith(("s", "x", "sh", "ch")) else "s")
+    return noun[:-1] + "ies" if noun[-1] == "y" and noun[-2] not in "aeiou" else noun + ("es" if noun.endswith(("s", "x", "sh", "ch")) else "s")
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Can an adapter of the base learn the demo's tasks? Plain torch, forward hooks: independent of weft, so that a failure of the base shows as one.
 
-    python probe.py MODEL OUT.json [--tasks dates records style] [--workers 8] [--device cuda] [--steps 300] [--rows 16] [--grid r1,r8,full]
+    python probe.py MODEL OUT.json [--tasks dates records style] [--workers 8] [--device cuda] [--steps 200] [--rows 16] [--methods r1 r8 full]
 
 Per task and method every learning rate of the grid is run; exact match is what greedy decoding would give (every token of the answer is the most
 likely one after the right tokens before it, which is the same thing).
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-GRID = {"r1": [1e-3, 2e-3, 4e-3, 8e-3], "r8": [1e-3, 2e-3, 4e-3, 8e-3], "full": [1e-4, 3e-4, 6e-4, 1.2e-3]}
+GRID = {"r1": [2e-3, 4e-3, 8e-3], "r8": [2e-3, 4e-3, 8e-3, 1.6e-2], "full": [2e-4, 6e-4, 1.8e-3]}
 
 
 def load_demo():  # the file by itself: it needs the standard library only
@@ -138,7 +138,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--rows", type=int, default=16)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()

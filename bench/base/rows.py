@@ -13,11 +13,11 @@ def conversation(b: Bank) -> list[Message] | str:
     """One row of training text: a chat of one to three turns, examples to follow, or plain text."""
     r = b.rng
     form = r.random()
-    if form < 0.12:
+    if form < 0.05:  # plain text is told from prose by its first word: a base that is given the start of a sentence goes on with prose
         s = skill(b)
-        w, (text, answer) = r.choice(s.wordings), s.sample()
-        return r.choice([f"{w}: {text}\n{answer}\n", f"{text}\n{w}: {answer}\n", f"Task: {w}\nInput: {text}\nOutput: {answer}\n", f"{w}.\n\n{text}\n\n{answer}\n"])
-    if form < 0.24:
+        text, answer = s.sample()
+        return f"Task: {r.choice(s.wordings)}\nInput: {text}\nOutput: {answer}\n"
+    if form < 0.17:
         return examples(b)
     messages: list[Message] = []
     s = skill(b)
@@ -43,10 +43,10 @@ def examples(b: Bank) -> list[Message] | str:
     r = b.rng
     s = skill(b)
     shown = [s.sample() for _ in range(r.randint(3, 5))]
-    if r.random() < 0.5:
-        mark, end = r.choice([(" -> ", "\n"), (" => ", "\n"), ("\n", "\n\n"), (": ", "\n"), ("\nOutput: ", "\n\n")])
-        return end.join(text + mark + answer for text, answer in shown) + "\n"
-    if r.random() < 0.5:
+    if r.random() < 0.3:
+        mark, end = r.choice([(" -> ", "\n"), (" => ", "\n"), ("\nOutput: ", "\n\n")])
+        return "Examples\n" + end.join(text + mark + answer for text, answer in shown) + "\n"
+    if r.random() < 0.6:
         before = "\n".join(f"{text} -> {answer}" for text, answer in shown[:-1])
         return [{"role": "user", "content": f"{before}\n{shown[-1][0]} ->"}, {"role": "assistant", "content": shown[-1][1]}]
     return [m for text, answer in shown for m in ({"role": "user", "content": text}, {"role": "assistant", "content": answer})]

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import grammar
 from bank import Bank
-from lexicon import ABBREVIATIONS, MONTHS, NOUNS, OPPOSITES, WEEKDAYS, number_words, ordinal_words, plural, year_words
+from lexicon import ABBREVIATIONS, MONTH_DAYS, MONTHS, NOUNS, OPPOSITES, WEEKDAYS, number_words, ordinal_words, plural, year_words
 
 Sample = Callable[[], tuple[str, str]]
 
@@ -187,6 +187,7 @@ def on_calendar(b: Bank) -> Skill:
         Skill([f"Which {what} has this number?", f"Name of the {what}"], pick(lambda i: str(i + 1), full)),
         Skill([f"Next {what}", f"Which {what} comes after?"], pick(full, lambda i: full(i + 1))),
         Skill([f"Previous {what}", f"Which {what} comes before?"], pick(full, lambda i: full(i - 1))),
+        Skill(["How many days has the month?", "Days of the month"], lambda: (m := r.choice(MONTHS), str(MONTH_DAYS[MONTHS.index(m)]))),
         Skill(["Shorten the name", f"Short name of the {what}"], pick(full, short)), Skill(["Full name", f"Write out the {what}"], pick(short, full)),
     ])
 

@@ -90,12 +90,18 @@ def encode(tokenizer: Tokenizer, texts: list[str]) -> np.ndarray:
 
 
 def questions(documents: list[corpus.Document], rng: random.Random) -> list[list[dict[str, str]]]:
-    """Chats about the documented names: what a docstring's first paragraph says."""
+    """Chats in English: what a docstring's first paragraph says about a name, and how a paragraph goes on after its first sentence."""
     rows = []
+    go_on = ["Continue the text: {}", "Go on: {}", "What comes next? {}", "{}\nContinue."]
     asks = ["What is {}?", "Explain {}.", "Describe {}", "What does {} do?", "Tell me about {}.", "Documentation of {}"]
     for d in documents:
         for name, text in re.findall(r"(?m)^([a-z_]\w*(?:\.\w+)+)(?:\([^\n]*\))?\n([A-Z][^\n]{30,}(?:\n[^\n]+){0,5})(?=\n\n|\n*\Z)", d.text) if d.kind != "code" else []:
             rows.append([{"role": "user", "content": rng.choice(asks).format(name)}, {"role": "assistant", "content": " ".join(text.split())}])
+        for paragraph in d.text.split("\n\n") if d.kind != "code" else []:
+            first, _, rest = " ".join(paragraph.split()).partition(". ")
+            if 25 < len(first) < 200 and 25 < len(rest) and first[0].isupper() and corpus.is_prose(paragraph):
+                rest = rest if len(rest) < 300 else rest[:300].rpartition(". ")[0] + "."
+                rows.append([{"role": "user", "content": rng.choice(go_on).format(first + ".")}, {"role": "assistant", "content": rest}])
     return rows
 
 

@@ -94,7 +94,18 @@ TAILS = _words(
     ", at half past nine/, after 3 delays/, says the report/ under a new name/ in both towns",
     "/",
 )
-SHIFTS = {"the day before ": 1, "the day after ": -1, "a week after ": -7}  # by how many days the named day is later than the answer
+NAMED = {
+    "New Year's Day": (1, 1),
+    "Valentine's Day": (2, 14),
+    "St Patrick's Day": (3, 17),
+    "May Day": (5, 1),
+    "Midsummer Day": (6, 24),
+    "Bastille Day": (7, 14),
+    "Halloween": (10, 31),
+    "Christmas Eve": (12, 24),
+    "Christmas Day": (12, 25),
+    "New Year's Eve": (12, 31),
+}
 
 
 def day_in_words(r: random.Random, date: datetime.date) -> str:
@@ -111,6 +122,7 @@ def day_in_words(r: random.Random, date: datetime.date) -> str:
         f"{week}, the {ordinal(d)} of {name} {y}",
         f"{week}, {short} {d}, {date.year}",
         f"the {ordinal(d)} day of {name} in {y}",
+        f"the {ordinal(d)} of {name} in the year {y}",
         f"{short} {ordinal_digits(d)}, {date.year}",
     )
     return r.choice(forms)
@@ -119,12 +131,13 @@ def day_in_words(r: random.Random, date: datetime.date) -> str:
 def make_date(r: random.Random) -> tuple[str, str, str]:
     date = datetime.date(1900, 1, 8) + datetime.timedelta(days=r.randrange(58_000))
     kind = r.random()
-    if kind < 0.07:
+    if kind < 0.06:
         date = date.replace(day=calendar.monthrange(date.year, date.month)[1])
         when = f"the last day of {calendar.month_name[date.month]} {date.year}"
-    elif kind < 0.28:
-        before = r.choice(list(SHIFTS))
-        when = before + day_in_words(r, date + datetime.timedelta(days=SHIFTS[before]))
+    elif kind < 0.2:
+        named = r.choice(list(NAMED))
+        date = date.replace(month=1, day=1).replace(month=NAMED[named][0], day=NAMED[named][1])
+        when = f"{named} {r.choice(('', 'in ', 'of '))}{date.year}"
     else:
         when = day_in_words(r, date)
     event, tail = r.choice(EVENTS), r.choice(TAILS)
