@@ -1,0 +1,137 @@
+"""The README's tables, made from the committed results. No number is typed into the README by hand.
+
+`python bench/readme.py` writes the blocks between `<!-- bench:NAME -->` and `<!-- /bench -->` in README.md anew; with `--check` it only
+says whether they are up to date (exit code 1: they are not).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+README = ROOT / "README.md"
+BLOCK = re.compile(r"(<!-- bench:(\w+) -->\n).*?(<!-- /bench -->)", re.S)
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table: the first column to the left, the others to the right."""
+    lines = [head, [":---"] + ["---:"] * (len(head) - 1), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def figure(value: float | None, unit: str = "") -> str:
+    """Three digits and the unit; a ratio with the sign in front."""
+    if value is None:
+        return "not run"
+    text = f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
+    return f"× {text}" if unit == "×" else f"{text} {unit}".strip()
+
+
+def origin(result: dict[str, Any], path: Path, command: str) -> str:
+    """The line below a table: when, at which commit, on which machine, with which versions, and how to make it again."""
+    machine, versions = result.get("machine", {}), result.get("versions", {})
+    if isinstance(machine, dict):
+        counts = [f"{machine[key]} {key}" for key in ("cores", "threads") if machine.get(key)]
+        machine = ", ".join(p for p in (machine.get("gpu"), machine.get("cpu"), *counts) if p)
+    listed = ", ".join(f"{name} {version}" for name, version in versions.items() if isinstance(version, str))
+    made = f"{result['date']}, commit {result['commit']}; {machine}" + (f"; {listed}" if listed else "")
+    return f"*{made}. From [`{path.relative_to(ROOT)}`]({path.relative_to(ROOT)}), made by `{command}`.*"
+
+
+def adapters(result: dict[str, Any]) -> str:
+    met = {True: "met", False: "**missed**", None: ""}
+    rows = []
+    for r in result["rows"]:
+        less = f"{r['times_less']:.1f}" if r.get("times_less") and r["unit"] != "×" and r["weft"] > 0 else ""
+        rows.append([r["what"].strip(), figure(r["weft"], r["unit"]), figure(r["peft"], r["unit"]), less, r["aim"], met[r["met"]]])
+    text = table(["", "weft", f"peft {result['versions'].get('peft', '')}".strip(), "times less", "aim", ""], rows)
+    note = "\n\nA quick run: peft's hundred adapters, which take minutes, were left out." if result.get("quick") else ""
+    return f"Base: {result['base']}.\n\n{text}{note}"
+
+
+def step(result: dict[str, Any]) -> str:
+    rows = [
+        [r["work"], str(r["tokens"]), str(r["targets"]), figure(r["weft_ms"], "ms"), figure(r["peft_ms"], "ms"), f"× {r['faster']:.2f}",
+         *(figure(r[side], "MiB") if r[side] > 0 else "not known" for side in ("weft_peak_mib", "peft_peak_mib"))]
+        for r in result["rows"]
+    ]  # fmt: skip
+    head = ["one training step", "tokens", "that bear loss", "weft", "peft", "faster", "peak memory, weft", "peft"]
+    return f"LoRA of rank {result['rank']} on the embedded base.\n\n{table(head, rows)}"
+
+
+def demo(result: dict[str, Any]) -> str:
+    from weft.cli.demo_runs import best  # loads torch, so only where there is a sweep
+
+    rows = []
+    for task, method in dict.fromkeys((r["task"], r["method"]) for r in result["runs"]):
+        b = best(result, task, method)
+        rate = f"{b['lr']:.3g}" + ("" if b["interior"] else " (edge of the grid)")
+        match = f"{b['exact_match']:.1%}" + (f" ± {100 * b['spread']:.1f}" if b["seeds"] > 1 else "")
+        losses = (f"{b['train_loss']:.4f}", f"{b['eval_loss']:.4f}")
+        size = f"{b['adapter_bytes'] / 1e3:,.0f} kB"
+        cells = [f"{task}, {method}", f"{b['parameters']:,}", rate, *losses, match, str(b["seeds"]), size]
+        rows.append((task, b["parameters"], cells))
+    order = list(dict.fromkeys(task for task, _, _ in rows))
+    rows.sort(key=lambda r: (order.index(r[0]), r[1]))
+    head = ["task, method", "trained parameters", "its best learning rate", "train loss", "held-out loss", "exact match", "seeds", "file"]
+    note = "" if result.get("complete", True) else "\n\nThe sweep was stopped before its end."
+    setup = result.get("setup", {})
+    steps = f"{setup['steps']} steps of {setup['tokens_a_step']} tokens" if {"steps", "tokens_a_step"} <= set(setup) else "The same work"
+    said = f"{steps} for every row, each at the rate where its held-out loss was lowest. Loss in nats a token; exact match on held-out rows"
+    return f"{said}, ± one standard deviation over seeds.\n\n{table(head, [cells for _, _, cells in rows])}{note}"
+
+
+def base(result: dict[str, Any]) -> str:
+    kinds = {k: v for k, v in result["held_out"].items() if isinstance(v, dict)}
+    rows = [[k, f"{v['train_bits_per_byte']:.2f}", f"{v['held_out_bits_per_byte']:.2f}"] for k, v in kinds.items()]
+    training = result["training"]
+    size, seen = f"{result['parameters'] / 1e6:.1f} million parameters", f"{training['tokens'] / 1e6:,.0f} million tokens"
+    said = (
+        f"{size}, trained from nothing on {seen} in {training['seconds']:.0f} seconds. Bits per byte; train and held-out are split by file."
+    )
+    return f"{said}\n\n{table(['text', 'train', 'held out'], rows)}"
+
+
+# name of the block -> (file, how the file is made, what the block shows)
+BLOCKS: dict[str, tuple[str, str, Callable[[dict[str, Any]], str]]] = {
+    "adapters": ("bench/results/adapters.json", "python bench/adapters.py", adapters),
+    "step": ("bench/results/step.json", "python bench/step.py", step),
+    "step_gpu": ("bench/results/step_gpu.json", "python bench/step.py --device cuda", step),
+    "demo": ("src/weft/cli/demo_sweep.json", "python bench/demo_sweep.py", demo),
+    "base": ("bench/results/base.json", "python bench/base/report.py", base),
+}
+
+
+def block(name: str) -> str:
+    """What stands between the marks of one block."""
+    file, command, show = BLOCKS[name]
+    path = ROOT / file
+    if not path.exists():
+        return f"Not measured yet: `{command}` makes `{file}`.\n"
+    result = json.loads(path.read_text(encoding="utf-8"))
+    return f"{show(result)}\n\n{origin(result, path, command)}\n"
+
+
+def render(text: str) -> str:
+    """A README with all its blocks made anew. Raises KeyError for a block that nobody makes."""
+    return BLOCK.sub(lambda m: m[1] + block(m[2]) + m[3], text)
+
+
+def main() -> int:
+    now = README.read_text(encoding="utf-8")
+    new = render(now)
+    if "--check" in sys.argv:
+        print("README.md is up to date" if new == now else "README.md is not up to date: python bench/readme.py")
+        return int(new != now)
+    README.write_text(new, encoding="utf-8")
+    print(f"README.md: {len(BLOCK.findall(now))} tables, {'changed' if new != now else 'as they were'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,102 @@
+"""The front documents: examples run and print what stands there, links lead somewhere, the README's tables are the benchmarks'."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shlex
+import sys
+from collections.abc import Iterator
+from contextlib import redirect_stdout
+from io import StringIO
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from weft.adapters.peft_format import BY_TYPE, FORMATS, NAMES
+from weft.cli.completion import flags
+from weft.cli.main import main
+from weft.core import METHODS
+
+ROOT = Path(__file__).parent.parent
+RUN = ["README.md", "CONTRIBUTING.md", "docs/adapters.md", "docs/lora.md"]
+ALL = [*RUN, "CHANGELOG.md", *sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("docs/**/*.md") if str(p.relative_to(ROOT)) not in RUN)]
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.fixture
+def registries() -> Iterator[None]:
+    """What an example registers is forgotten afterwards: other tests ask for every method that there is."""
+    tables: list[dict] = [METHODS, NAMES, FORMATS, BY_TYPE]
+    before = [dict(table) for table in tables]
+    yield
+    for table, old in zip(tables, before, strict=True):
+        table.clear()
+        table.update(old)
+
+
+@pytest.mark.parametrize("name", RUN)
+@pytest.mark.usefixtures("registries")
+def test_the_examples_run_and_print_what_stands_there(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / name).read_text(encoding="utf-8")
+    module = ModuleType("example")  # a module of its own, since a dataclass looks up its module's names
+    monkeypatch.setitem(sys.modules, "example", module)
+    said, ran = None, 0
+    for block in FENCE.finditer(text):
+        language, code = block.groups()
+        if language == "python":
+            line = text.count("\n", 0, block.start()) + 1
+            out = StringIO()
+            with redirect_stdout(out):
+                exec(compile("\n" * line + code, str(ROOT / name), "exec", dont_inherit=True), module.__dict__)
+            said, ran = out.getvalue(), ran + 1
+        elif language == "text" and said is not None:
+            assert said == code, f"{name}: an example prints something else than the text block after it"
+            said = None
+    assert ran
+
+
+def test_commands_of_the_readme_are_commands(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    found = [shlex.split(line)[1:] for line in re.findall(r"^\$ (weft \w.*)$", README, re.M)]
+    assert {words[0] for words in found} >= {"train", "eval", "generate", "merge"}
+    for command, *words in found:
+        assert {w for w in words if w.startswith("-")} <= {flag for names in flags(command) for flag in names[:1]}
+        if command == "train":
+            assert main(["train", *words, "--print-recipe"]) == 0
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_links_lead_somewhere(name: str) -> None:
+    path = ROOT / name
+    text = FENCE.sub("", path.read_text(encoding="utf-8"))
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if "://" in target:
+            continue
+        file, _, heading = target.partition("#")
+        there = path.parent / file if file else path
+        assert there.exists(), f"{name}: {target} is not there"
+        if heading:
+            titles = re.findall(r"^#+ (.*)$", FENCE.sub("", there.read_text(encoding="utf-8")), re.M)
+            assert heading in {re.sub(r"[^\w\- ]", "", t.lower()).replace(" ", "-") for t in titles}, f"{name}: {target}"
+
+
+def test_every_decision_is_in_the_index() -> None:
+    folder = ROOT / "docs" / "decisions"
+    index = (folder / "README.md").read_text(encoding="utf-8")
+    records = sorted(p.name for p in folder.glob("*.md") if p.name != "README.md")
+    assert re.findall(r"\]\((\d{4}-[^)]*)\)", index) == records
+    for name in records:
+        assert (folder / name).read_text(encoding="utf-8").startswith(f"# {name[:4]}. ")
+
+
+def test_the_readmes_tables_are_those_of_the_results() -> None:
+    spec = importlib.util.spec_from_file_location("bench_readme", ROOT / "bench" / "readme.py")
+    assert spec is not None and spec.loader is not None
+    readme = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(readme)
+    assert {name for _, name, _ in readme.BLOCK.findall(README)} == set(readme.BLOCKS)
+    assert readme.render(README) == README, "the tables in README.md are not those of the results: python bench/readme.py"
