@@ -64,7 +64,11 @@ def save(name: str, result: dict[str, Any], packages: tuple[str, ...] = ("torch"
             versions[package] = "not installed"
     git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
     dirty = subprocess.run(["git", "status", "--porcelain", "src"], capture_output=True, text=True, cwd=Path(__file__).parent)
-    commit = git.stdout.strip() + ("+changes" if dirty.stdout.strip() else "") if git.returncode == 0 else os.environ.get("WEFT_COMMIT", "unknown")
+    commit = (
+        git.stdout.strip() + ("+changes" if dirty.stdout.strip() else "")
+        if git.returncode == 0
+        else os.environ.get("WEFT_COMMIT", "unknown")
+    )
     stamp = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
     folder = Path(os.environ.get("OUT", RESULTS))
     folder.mkdir(parents=True, exist_ok=True)

@@ -45,7 +45,9 @@ def base() -> Any:
 
 
 def row(what: str, ours: float, theirs: float | None, unit: str, aim: str, met: bool | None) -> None:
-    ROWS.append({"what": what, "weft": ours, "peft": theirs, "unit": unit, "times_less": theirs / ours if theirs else None, "aim": aim, "met": met})
+    ROWS.append(
+        {"what": what, "weft": ours, "peft": theirs, "unit": unit, "times_less": theirs / ours if theirs else None, "aim": aim, "met": met}
+    )
     print(f"{what:58} weft {ours:9.4g}  peft {theirs if theirs is None else round(theirs, 4)!s:>9} {unit}", flush=True)
 
 
@@ -91,14 +93,20 @@ def main(quick: bool) -> None:
         flip["i"] ^= 1
         return names[flip["i"]]
 
-    fifth("switch the active adapter", timed(lambda: weft.use(ours, other(names_ours))), timed(lambda: theirs.set_adapter(other(names_theirs))))
+    fifth(
+        "switch the active adapter",
+        timed(lambda: weft.use(ours, other(names_ours))),
+        timed(lambda: theirs.set_adapter(other(names_theirs))),
+    )
 
     for batch, length in ((1, 1), (1, 32), (8, 32)):
         ids = torch.randint(3, 500, (batch, length))
         weft.use(ours, names_ours[0])
         theirs.set_adapter(names_theirs[0])
         with torch.no_grad():
-            t = interleaved({"base": lambda: pristine(ids), "weft": lambda: ours(ids), "peft": lambda: theirs(ids)}, repeat=31 if length == 1 else 11)
+            t = interleaved(
+                {"base": lambda: pristine(ids), "weft": lambda: ours(ids), "peft": lambda: theirs(ids)}, repeat=31 if length == 1 else 11
+            )
         over, over_peft = t["weft"] / t["base"], t["peft"] / t["base"]
         row(f"forward with LoRA over the bare base, {batch} × {length} tokens", over, over_peft, "×", "under × 1.25", over < 1.25)
 
@@ -129,7 +137,11 @@ def main(quick: bool) -> None:
             state["theirs"] = peft.get_peft_model(copy.deepcopy(pristine), config)
 
         m_ours = timed(lambda keep=keep, state=state: weft.merge(state["ours"], keep=keep), before=again, repeat=5)
-        m_theirs = timed(lambda keep=keep, state=state: state["theirs"].merge_adapter() if keep else state["theirs"].merge_and_unload(), before=again, repeat=5)
+        m_theirs = timed(
+            lambda keep=keep, state=state: state["theirs"].merge_adapter() if keep else state["theirs"].merge_and_unload(),
+            before=again,
+            repeat=5,
+        )
         fifth(what, m_ours, m_theirs)
 
     hundred = copy.deepcopy(pristine)
@@ -138,14 +150,25 @@ def main(quick: bool) -> None:
     if not quick:
         many = peft.get_peft_model(copy.deepcopy(pristine), config, adapter_name="n0")
         theirs_each = [_seconds(lambda i=i: many.add_adapter(f"n{i}", config)) for i in range(1, MANY)]
-    row(f"{MANY} adapters attached one after another", sum(ours_each), sum(theirs_each) or None, "s", "5 times less", sum(theirs_each) / sum(ours_each) >= 5 if theirs_each else None)
+    row(
+        f"{MANY} adapters attached one after another",
+        sum(ours_each),
+        sum(theirs_each) or None,
+        "s",
+        "5 times less",
+        sum(theirs_each) / sum(ours_each) >= 5 if theirs_each else None,
+    )
     growth = sum(ours_each[-5:]) / sum(ours_each[:5])
     growth_peft = sum(theirs_each[-5:]) / sum(theirs_each[:5]) if theirs_each else None
     row("  the last five over the first five", growth, growth_peft, "×", "no growth (under × 1.5)", growth < 1.5)
     row(f"  switch with {MANY} attached", timed(lambda: weft.use(hundred, other(["n0", "n1"]))) * 1e3, None, "ms", "-", None)
 
     imports = {}
-    for name, code in {"torch": "import torch", "weft": "import torch, weft; weft.adapt, weft.LoRA, weft.save", "peft": "import torch, peft"}.items():
+    for name, code in {
+        "torch": "import torch",
+        "weft": "import torch, weft; weft.adapt, weft.LoRA, weft.save",
+        "peft": "import torch, peft",
+    }.items():
         imports[name] = timed(lambda code=code: subprocess.run([sys.executable, "-c", code], check=True), repeat=5)
     gap, gap_peft = imports["weft"] - imports["torch"], imports["peft"] - imports["torch"]
     row("import, beyond torch's own", gap, gap_peft, "s", "under 0.2 s", gap < 0.2)
@@ -154,7 +177,9 @@ def main(quick: bool) -> None:
     for r in ROWS:
         less = f"{r['times_less']:.1f}" if r["times_less"] and r["unit"] != "×" else ""
         theirs_text = f"{r['peft']:.3g} {r['unit']}" if r["peft"] is not None else "not run"
-        table.add_row(r["what"], f"{r['weft']:.3g} {r['unit']}", theirs_text, less, r["aim"], {True: "met", False: "missed", None: ""}[r["met"]])
+        table.add_row(
+            r["what"], f"{r['weft']:.3g} {r['unit']}", theirs_text, less, r["aim"], {True: "met", False: "missed", None: ""}[r["met"]]
+        )
     Console(width=150).print(table)
     print(save("adapters", {"rows": ROWS, "base": "Llama, 32 layers, hidden 256, 224 linear layers, rank 8", "quick": quick}))
 

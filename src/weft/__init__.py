@@ -34,7 +34,7 @@ _HOME = {
     "fit": "weft.train",
     "Recipe": "weft.train",
 }
-__all__ = [*sorted(_HOME), "__version__"]  # noqa: PLE0604
+__all__ = [*sorted(_HOME), "__version__"]
 
 if TYPE_CHECKING:
     from weft.adapters import adapt, load, merge, remove, rows, save, summary, unmerge, use, using

@@ -11,7 +11,7 @@ import docstring_parser
 
 from weft.core import METHODS, Method
 from weft.train import Recipe
-from weft.train.reading import _words as words
+from weft.train.reading import in_words as words
 
 
 def add(parser: argparse.ArgumentParser) -> None:

@@ -175,12 +175,12 @@ def _read(cls: Any, given: Any, at: str, problems: list[str]) -> Any:
         else:
             values[key] = _value(kind, value)
             if values[key] is _NOTHING:
-                problems.append(f"{dot}{key}: expected {_words(kind)}, got {value!r}")
+                problems.append(f"{dot}{key}: expected {in_words(kind)}, got {value!r}")
     for name in (f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING and f.name not in given):
         if is_dataclass(hints[name]):
             _read(hints[name], {}, dot + name, problems)  # says what it needs
         else:
-            problems.append(f"{dot}{name}: must be given ({_words(hints[name])})")
+            problems.append(f"{dot}{name}: must be given ({in_words(hints[name])})")
         values[name] = _NOTHING
     if any(v is _NOTHING for v in values.values()):
         return _NOTHING
@@ -265,17 +265,17 @@ def _value(kind: Any, value: Any) -> Any:
     return value if isinstance(origin or kind, type) and isinstance(value, origin or kind) else _NOTHING
 
 
-def _words(kind: Any) -> str:
+def in_words(kind: Any) -> str:
     """A type in the user's words."""
     origin, args = get_origin(kind), get_args(kind)
     if origin in (Union, types.UnionType):
-        return " or ".join(_words(k) for k in sorted(args, key=lambda k: k is type(None)))
+        return " or ".join(in_words(k) for k in sorted(args, key=lambda k: k is type(None)))
     if origin is Literal:
         return " or ".join(map(str, args))
     if origin is tuple and args[-1] is not Ellipsis:
-        return f"a list of {len(args)}: {', '.join(map(_words, args))}"
+        return f"a list of {len(args)}: {', '.join(map(in_words, args))}"
     if origin in (list, tuple) or "Sequence" in str(origin):
-        return f"a list of {_words(args[0])}s".replace("a list of a ", "a list of ")
+        return f"a list of {in_words(args[0])}s".replace("a list of a ", "a list of ")
     if origin is not None:
         return "a mapping"
     words = {bool: "true or false", int: "a whole number", float: "a number", str: "text", Path: "a path", type(None): "null"}
