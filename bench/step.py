@@ -3,15 +3,14 @@
     python bench/step.py [--device cuda] [--threads 2]
 
 Two kinds of work: chat rows whose prompts bear no loss (weft packs them and runs the head for answers only; peft gets the usual padded
-batch of the same rows and transformers' own loss), and full rows in which every token bears loss (the same batch for both). Peak memory is the
-allocator's on CUDA and the process's on a CPU, where each side is measured in a process of its own.
+batch of the same rows and transformers' own loss), and full rows in which every token bears loss (the same batch for both). Peak memory
+is the allocator's on CUDA and the process's on a CPU, where each side is measured in a process of its own.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -114,16 +113,19 @@ def alone(side: str, kind: str, device: str, threads: int) -> dict[str, float]:
     torch.set_num_threads(threads)
     ours, theirs = data(kind, weft.load_tokenizer("embedded"))
     step = weft_step(ours, device) if side == "weft" else peft_step(theirs, device)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     losses = [step() for _ in range(20)]
-    peak = (
-        torch.cuda.max_memory_allocated() / 2**20
-        if device == "cuda"
-        else (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**10
-    )
+    peak = torch.cuda.max_memory_allocated() / 2**20 if device == "cuda" else _resident_peak()
     return {"peak_mib": peak, "first_loss": losses[0], "last_loss": losses[-1]}
+
+
+def _resident_peak() -> float:
+    """MiB that the process held at most since the peak was reset."""
+    status = Path("/proc/self/status").read_text()
+    return int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM"))) / 2**10
 
 
 def main() -> None:

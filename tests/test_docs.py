@@ -14,7 +14,7 @@ from types import ModuleType
 
 import pytest
 
-from weft.adapters.peft_format import BY_TYPE, FORMATS, NAMES
+from weft.adapters.peft_format import FORMATS, NAMES
 from weft.cli.completion import flags
 from weft.cli.main import main
 from weft.core import METHODS
@@ -29,7 +29,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 @pytest.fixture
 def registries() -> Iterator[None]:
     """What an example registers is forgotten afterwards: other tests ask for every method that there is."""
-    tables: list[dict] = [METHODS, NAMES, FORMATS, BY_TYPE]
+    tables: list[dict] = [METHODS, NAMES, FORMATS]
     before = [dict(table) for table in tables]
     yield
     for table, old in zip(tables, before, strict=True):

@@ -16,7 +16,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from weft.adapters.attach import attach, attached, build, check_new, device_of, names
-from weft.adapters.peft_format import BY_TYPE, FORMATS, PREFIX, key
+from weft.adapters.peft_format import PREFIX, format_named, format_of, key
 from weft.core import Adapter, WeftError, base_class, modules
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -49,7 +49,7 @@ def save(model: nn.Module, folder: str | os.PathLike[str], name: str | None = No
         name = have[0]
     adapters = attached(model, name)
     method = next(iter(adapters.values())).method
-    format = FORMATS[type(method)]
+    format = format_of(type(method))
     config: dict[str, Any] = {
         "auto_mapping": None, "base_model_name_or_path": _origin(model), "inference_mode": True, "peft_type": format.peft_type,
         "revision": None, "task_type": _task(model),
@@ -85,12 +85,9 @@ def load(model: Model, folder: str | os.PathLike[str], name: str = "default") ->
     check_new(model, name)
     source = Path(folder)
     config = read_config(source)
-    format = BY_TYPE.get(config["peft_type"])
-    if format is None:
-        raise WeftError(f"{source / CONFIG}: weft does not have the method {config['peft_type']!r}; it has {', '.join(sorted(BY_TYPE))}")
     path = weights_file(source)
     try:
-        method = format.read(config)
+        method = format_named(config["peft_type"]).read(config)
         with torch.device("meta"):
             built = build(model, method, strict=False)
     except WeftError as e:

@@ -12,8 +12,8 @@ from typing import Any
 
 from torch import nn
 
-from weft.core import Adapter, Method, Replaced, WeftError, modules
-from weft.methods import Full, LoRA
+from weft.core import METHODS, Adapter, Method, Replaced, WeftError, modules
+from weft.methods import LoRA
 from weft.methods.lora import LowRank
 from weft.methods.lora_layers import LowRankConv, LowRankEmbedding
 
@@ -24,13 +24,12 @@ NAMES: dict[type[Adapter], dict[str, str]] = {
     LowRank: {"A": "lora_A.weight", "B": "lora_B.weight", "b": "lora_B.bias", "bias": "base_layer.bias"},
     LowRankConv: {"A": "lora_A.weight", "B": "lora_B.weight", "bias": "base_layer.bias"},
     LowRankEmbedding: {"A": "lora_embedding_A", "B": "lora_embedding_B"},
-    Replaced: {"weight": "weight", "bias": "bias"},
 }
 
 
 def key(path: str, adapter: Adapter, parameter: str) -> str:
     """The name in the file of one parameter of the adapter at `path`."""
-    suffix = NAMES[type(adapter)].get(parameter, parameter)
+    suffix = NAMES.get(type(adapter), {}).get(parameter, parameter)
     return f"{PREFIX}{path}.{suffix}" if path else f"{PREFIX}{suffix}"
 
 
@@ -104,22 +103,34 @@ def _read_lora(config: Mapping[str, Any]) -> Method:
     return LoRA(**values)
 
 
-# ---- whole parameters ---------------------------------------------------------------------------------------------------
+# ---- any other method --------------------------------------------------------------------------------------------------------
 
 
-def _write_full(method: Full, model: nn.Module, adapters: Mapping[str, Adapter]) -> dict[str, Any]:
-    return {"target_modules": sorted(adapters)}
+def _write_any(method: Method, model: nn.Module, adapters: Mapping[str, Adapter]) -> dict[str, Any]:
+    return {"target_modules": sorted(adapters), "method": method.to_dict()}
 
 
-def _read_full(config: Mapping[str, Any]) -> Method:
-    return Full(targets=tuple(config.get("target_modules") or ("all",)))
+def _read_any(config: Mapping[str, Any]) -> Method:
+    if not isinstance(config.get("method"), dict):
+        raise WeftError("adapter_config.json does not hold the method's hyper-parameters under 'method'")
+    return Method.from_dict(config["method"])
 
 
-FORMATS: dict[type[Method], Format] = {
-    LoRA: Format("LORA", _write_lora, _read_lora),
-    Full: Format("WEFT_FULL", _write_full, _read_full),  # peft has no such type; the tensors lie as its modules_to_save do
-}
-BY_TYPE = {f.peft_type: f for f in FORMATS.values()}
+FORMATS: dict[type[Method], Format] = {LoRA: Format("LORA", _write_lora, _read_lora)}
+OWN = "WEFT_"  # what peft has no type for: the method as it is, and its parameters under their own names (whole ones as modules_to_save)
+
+
+def format_of(method: type[Method]) -> Format:
+    """How this method is written: in peft's way if peft has it, else in weft's own."""
+    return FORMATS.get(method) or Format(f"{OWN}{method.__name__.upper()}", _write_any, _read_any)
+
+
+def format_named(peft_type: str) -> Format:
+    """How to read a configuration of this type. Raises WeftError for a type that weft does not have."""
+    known = {f.peft_type: f for f in map(format_of, METHODS.values())}
+    if peft_type not in known:
+        raise WeftError(f"weft does not have the method {peft_type!r}; it has {', '.join(sorted(known))}")
+    return known[peft_type]
 
 
 def short_names(model: nn.Module, paths: Iterable[str]) -> list[str]:
