@@ -57,6 +57,11 @@ def ordinal_words(n: int) -> str:
     return f"{head}-{last}" if head else last
 
 
+def ordinal_digits(n: int) -> str:
+    """23 is "23rd"."""
+    return f"{n}{'th' if 10 < n % 100 < 14 else {1: 'st', 2: 'nd', 3: 'rd'}.get(n % 10, 'th')}"
+
+
 def year_words(n: int) -> str:
     """1100 <= n < 2100 as it is spoken: 1984 is "nineteen eighty-four", 2007 "two thousand and seven"."""
     century, rest = divmod(n, 100)

@@ -27,7 +27,7 @@ BOS, END, PAD, SYSTEM, USER, ASSISTANT = range(6)  # the order in tokens.SPECIAL
 
 def orthogonal(g: Tensor) -> Tensor:
     """Nearly the orthogonal factor of every matrix in a stack (n, rows, columns): quintic Newton-Schulz, as in the Muon optimiser."""
-    x = g.bfloat16()
+    x = g.bfloat16() if g.is_cuda else g
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     flip = x.size(-2) > x.size(-1)
     x = x.mT if flip else x
@@ -81,6 +81,8 @@ class Data:
         self.length, self.device = recipe["length"], device
         share = torch.tensor([recipe["mixture"][k] for k in KINDS])
         self.rows = (share / share.sum() * recipe["rows"]).round().int().tolist()
+        # Windows begin anywhere, or (a short second stage) where a text begins.
+        self.starts = {k: torch.nonzero(v[: -self.length - 1] == BOS).cpu() for k, v in self.ids.items()} if recipe.get("aligned") else None
         self.generator = torch.Generator().manual_seed(recipe["seed"])
 
     def batch(self) -> Tensor:
@@ -88,7 +90,11 @@ class Data:
         out = []
         for kind, n in zip(KINDS, self.rows, strict=True):
             ids = self.ids[f"train.{kind}"]
-            start = torch.randint(0, len(ids) - self.length - 1, (n, 1), generator=self.generator)
+            if self.starts is None:
+                start = torch.randint(0, len(ids) - self.length - 1, (n, 1), generator=self.generator)
+            else:
+                starts = self.starts[f"train.{kind}"]
+                start = starts[torch.randint(0, len(starts), (n,), generator=self.generator)]
             out.append(ids[(start + torch.arange(self.length + 1)).to(self.device, non_blocking=True)])
         return torch.cat(out).long()
 
@@ -113,13 +119,13 @@ def losses(model: nn.Module, ids: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def measure(model: nn.Module, data: Data, counts: dict, limit: int = 10**9) -> dict[str, dict[str, float]]:
+def measure(model: nn.Module, data: Data, counts: dict, limit: int, sides: tuple[str, ...] = ("held_out", "train")) -> dict[str, dict[str, float]]:
     """Held-out (and as much train) loss per kind: nats a token, and bits per byte of text. The tokens that mark turns count as bits, not as bytes."""
     out: dict[str, dict[str, float]] = {}
     for kind in KINDS:
         out[kind] = {}
-        for side in ("held_out", "train"):
-            found = data.windows(f"{side}.{kind}", min(limit, 400))
+        for side in sides:
+            found = data.windows(f"{side}.{kind}", limit)
             total, n = 0.0, 0
             for part in found.split(32):
                 loss = losses(model, part)
@@ -132,7 +138,7 @@ def measure(model: nn.Module, data: Data, counts: dict, limit: int = 10**9) -> d
 
 
 @torch.no_grad()
-def answers_right(model: nn.Module, data: Data, limit: int = 200) -> float:
+def answers_right(model: nn.Module, data: Data, limit: int) -> float:
     """Share of the held-out skills' answers that greedy decoding would give exactly (every token of the answer is the most likely one)."""
     right, n = 0, 0
     for part in data.windows("held_out.skills", limit).split(32):
@@ -152,6 +158,7 @@ def main() -> None:
     parser.add_argument("tokens", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--recipe", type=Path, default=Path(__file__).with_name("recipe.json"))
+    parser.add_argument("--start", type=Path, help="go on from this model instead of from nothing")
     parser.add_argument("--steps", type=int, help="fewer steps than the recipe's (the schedule is fitted to them)")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--eager", action="store_true")
@@ -163,7 +170,8 @@ def main() -> None:
     torch.set_float32_matmul_precision("high")
     data = Data(args.tokens / "tokens.npz", recipe, args.device)
     config = LlamaConfig(**recipe["model"], bos_token_id=BOS, eos_token_id=END, pad_token_id=PAD)
-    model = LlamaForCausalLM(config).to(args.device)
+    model = LlamaForCausalLM.from_pretrained(args.start, dtype=torch.float32) if args.start else LlamaForCausalLM(config)
+    model.to(args.device)
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n and "lm_head" not in n]
     known = {id(p) for p in matrices}
     others = [p for p in model.parameters() if id(p) not in known]
@@ -182,9 +190,9 @@ def main() -> None:
     run = objective if args.eager else torch.compile(objective)
     history, start = [], time.time()
     for step in range(steps + 1):
-        with torch.autocast(args.device, dtype=torch.bfloat16):
+        with torch.autocast(args.device, dtype=torch.bfloat16, enabled=args.device == "cuda"):
             if step and (step % recipe["every"] == 0 or step == steps):
-                found = measure(model, data, counts, 40) | {"step": step, "seconds": round(time.time() - start, 1), "skills_right": answers_right(model, data, 40)}
+                found = measure(model, data, counts, recipe["windows"]) | {"step": step, "seconds": round(time.time() - start, 1), "skills_right": answers_right(model, data, recipe["windows"])}
                 history.append(found)
                 short = {k: "/".join(f"{found[k][s + '_nats']:.3f}" for s in ("held_out", "train")) for k in KINDS}
                 print(f"{step} {time.time() - start:.0f}s held-out/train nats {short} skills right {found['skills_right']:.3f}", flush=True)
@@ -203,14 +211,15 @@ def main() -> None:
     # What is shipped is bf16: the figures are those of the rounded weights, computed in fp32.
     model.to(torch.bfloat16).float()
     torch.set_float32_matmul_precision("highest")
-    final = measure(model, data, counts) | {"skills_right": answers_right(model, data)}
+    data.length = recipe["model"]["max_position_embeddings"]
+    final = measure(model, data, counts, recipe["final_windows"]) | {"skills_right": answers_right(model, data, recipe["final_windows"] // 2)}
     model.to(torch.bfloat16)
     model.generation_config = GenerationConfig(bos_token_id=BOS, eos_token_id=END, pad_token_id=PAD, do_sample=False, max_new_tokens=128)
     model.save_pretrained(args.out)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(args.tokens / name, args.out / name)
     machine = torch.cuda.get_device_name() if args.device == "cuda" else "CPU"
-    report = {"final": final, "seconds": round(seconds, 1), "steps": steps, "tokens": steps * sum(data.rows) * recipe["length"], "machine": machine,
+    report = {"final": final, "seconds": round(seconds, 1), "steps": steps, "started_from": args.start is not None, "tokens": steps * sum(data.rows) * recipe["length"], "machine": machine,
               "torch": torch.__version__, "parameters": sum(p.numel() for p in model.parameters()), "recipe": recipe, "history": history}
     (args.out / "training.json").write_text(json.dumps(report, indent=1) + "\n")
     print(json.dumps(final, indent=1), f"{report['tokens'] / seconds:.0f} tokens/s", report["parameters"])

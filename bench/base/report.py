@@ -1,6 +1,8 @@
 """Writes bench/results/base.json from what `tokens.py`, `pretrain.py` and `probe.py` left: the figures of the packaged base.
 
-    python report.py --training MODEL/training.json --corpus TOKENS/corpus.json --probe PROBE.json [--cpu PROBE.json]
+    python report.py --training MODEL/training.json [POLISHED/training.json] --tokens TOKENS --probe PROBE.json [--cpu PROBE.json ...]
+
+The held-out figures are computed here, from the packaged weights in fp32.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import platform
 import subprocess
 from pathlib import Path
 
+import pretrain
 import torch
 import transformers
 from torch.nn import functional as F
@@ -28,12 +31,16 @@ ASKED = ["What is a socket?", "Explain list.append.", "Reverse the order of the 
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    for name in ("training", "corpus", "probe"):
-        parser.add_argument(f"--{name}", type=Path, required=True)
+    parser.add_argument("--training", type=Path, nargs="+", required=True, help="training.json of every stage, in order")
+    parser.add_argument("--tokens", type=Path, required=True, help="the folder that tokens.py wrote, for the held-out sets")
+    parser.add_argument("--probe", type=Path, required=True)
     parser.add_argument("--cpu", type=Path, nargs="*", default=[], help="probes run on a CPU, for their seconds")
     args = parser.parse_args()
-    training, corpus, probe = (json.loads(p.read_text()) for p in (args.training, args.corpus, args.probe))
+    stages = [json.loads(p.read_text()) for p in args.training]
+    probe, corpus = (json.loads(p.read_text()) for p in (args.probe, args.tokens / "corpus.json"))
     tokenizer, model = AutoTokenizer.from_pretrained(MODEL), AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
+    data = pretrain.Data(args.tokens / "tokens.npz", stages[0]["recipe"], "cpu")
+    held_out = pretrain.measure(model, data, corpus["counts"], 10**9, ("held_out",)) | {"skills_right": pretrain.answers_right(model, data, 10**9)}
     text = (ROOT / "tests" / "base" / "piece.txt").read_text(encoding="utf-8")
     ids = tokenizer(text, return_tensors="pt").input_ids
     nats = F.cross_entropy(model(ids).logits[0, :-1], ids[0, 1:], reduction="sum").item()
@@ -53,10 +60,14 @@ def main() -> None:
             best[key] = {k: v for k, v in r.items() if k not in ("device", "threads", "seed")}
     commit = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
     result = {
-        "date": datetime.date.today().isoformat(), "commit": commit, "machine": f"trained on {training['machine']}, this file written on {platform.machine()} CPU",
-        "versions": {"training": {"torch": training["torch"], "pythons": corpus["pythons"]}, "here": {"torch": torch.__version__, "transformers": transformers.__version__}},
-        "parameters": training["parameters"], "training": {k: training[k] for k in ("steps", "tokens", "seconds", "recipe")},
-        "corpus": corpus, "held_out": training["final"], "history": training["history"],
+        "date": datetime.date.today().isoformat(),
+        "commit": commit,
+        "machine": f"written on {platform.machine()}, {torch.get_num_threads()} threads",
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "pythons": corpus["pythons"]},
+        "parameters": stages[0]["parameters"],
+        "held_out": held_out,
+        "corpus": corpus,
+        "stages": [{k: s[k] for k in ("machine", "torch", "steps", "tokens", "seconds", "recipe", "history")} for s in stages],
         "piece": {"file": "tests/base/piece.txt", "bits_per_byte": nats / math.log(2) / len(text.encode())},
         "probe": {"best": best, "all": probe, "cpu": [r for p in args.cpu for r in json.loads(p.read_text())]}, "samples": samples,
     }

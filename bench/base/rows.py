@@ -1,4 +1,4 @@
-"""Rows of training text made of the transformations in `skills.py` and `grammar.py`: chats of one to three turns, examples to follow, plain text."""
+"""Rows of training text made of the transformations in `skills.py` and `grammar.py`: chats of one to three turns, and examples to follow."""
 
 from __future__ import annotations
 
@@ -9,15 +9,12 @@ SYSTEMS = ["Answer with the result only.", "You change texts as you are told.", 
 Message = dict[str, str]
 
 
-def conversation(b: Bank) -> list[Message] | str:
-    """One row of training text: a chat of one to three turns, examples to follow, or plain text."""
+def conversation(b: Bank) -> list[Message]:
+    """One row of training text: a chat of one to three turns, or examples to follow. Never plain text: a base that is given the start of a sentence is to
+    go on with prose, not with exercises."""
     r = b.rng
     form = r.random()
-    if form < 0.05:  # plain text is told from prose by its first word: a base that is given the start of a sentence goes on with prose
-        s = skill(b)
-        text, answer = s.sample()
-        return f"Task: {r.choice(s.wordings)}\nInput: {text}\nOutput: {answer}\n"
-    if form < 0.17:
+    if form < 0.12:
         return examples(b)
     messages: list[Message] = []
     s = skill(b)
@@ -38,14 +35,11 @@ def conversation(b: Bank) -> list[Message] | str:
     return messages
 
 
-def examples(b: Bank) -> list[Message] | str:
+def examples(b: Bank) -> list[Message]:
     """The same transformation shown two to four times without being named, then once more: to be read off the examples."""
     r = b.rng
     s = skill(b)
     shown = [s.sample() for _ in range(r.randint(3, 5))]
-    if r.random() < 0.3:
-        mark, end = r.choice([(" -> ", "\n"), (" => ", "\n"), ("\nOutput: ", "\n\n")])
-        return "Examples\n" + end.join(text + mark + answer for text, answer in shown) + "\n"
     if r.random() < 0.6:
         before = "\n".join(f"{text} -> {answer}" for text, answer in shown[:-1])
         return [{"role": "user", "content": f"{before}\n{shown[-1][0]} ->"}, {"role": "assistant", "content": shown[-1][1]}]

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import grammar
 from bank import Bank
-from lexicon import ABBREVIATIONS, MONTH_DAYS, MONTHS, NOUNS, OPPOSITES, WEEKDAYS, number_words, ordinal_words, plural, year_words
+from lexicon import ABBREVIATIONS, MONTH_DAYS, MONTHS, NOUNS, OPPOSITES, WEEKDAYS, number_words, ordinal_digits, ordinal_words, plural, year_words
 
 Sample = Callable[[], tuple[str, str]]
 
@@ -157,6 +157,8 @@ def on_numbers(b: Bank) -> Skill:
         Skill(["Read the year aloud", "Say the year in words"], pair(str, year_words, 1100, 2099)),
         Skill([f"Pad with zeros to {width} digits", f"Write with {width} digits"], pair(str, lambda n: str(n).zfill(width), 0, 10**width - 1)),
         Skill([f"Ordinal with {width} digits"], pair(ordinal_words, lambda n: str(n).zfill(width), 1, 99)),
+        Skill(["Position in digits", "Only the digits"], pair(ordinal_digits, str, 1, 99)),
+        Skill([f"Position with {width} digits"], pair(ordinal_digits, lambda n: str(n).zfill(width), 1, 99)),
         Skill(["Add one", "What comes next?"], pair(str, lambda n: str(n + 1), 0, 9999)),
         Skill(["Subtract one", "What comes before?"], pair(str, lambda n: str(n - 1), 1, 9999)),
         Skill(["Sort the numbers"], several),

@@ -71,15 +71,25 @@ def words(documents: list[corpus.Document], at_least: int) -> list[str]:
     return sorted(w for w, n in count.items() if n >= at_least)
 
 
-def wrap(row: list[dict[str, str]] | str) -> str:
+def pieces(document: corpus.Document, rng: random.Random) -> list[str]:
+    """A document of prose cut into runs of one to eight paragraphs, each a text of its own: otherwise hardly any text would begin with a sentence."""
+    if document.kind == "code":
+        return [document.text]
+    paragraphs, out = document.text.split("\n\n"), []
+    while paragraphs:
+        n = rng.randint(1, 8)
+        out.append("\n\n".join(paragraphs[:n]))
+        paragraphs = paragraphs[n:]
+    return [p for p in out if p.strip()]
+
+
+def wrap(row: list[dict[str, str]]) -> str:
     """A row as the text that is tokenised: what the chat template gives, with the special tokens in it."""
-    if isinstance(row, str):
-        return BOS + row + END
     return BOS + "".join(f"<|{m['role']}|>{m['content']}{END}" for m in row)
 
 
-def size(row: list[dict[str, str]] | str) -> int:
-    return len(row.encode()) if isinstance(row, str) else sum(len(m["content"].encode()) for m in row)
+def size(row: list[dict[str, str]]) -> int:
+    return sum(len(m["content"].encode()) for m in row)
 
 
 def encode(tokenizer: Tokenizer, texts: list[str]) -> np.ndarray:
@@ -115,7 +125,7 @@ def main() -> None:
     args = parser.parse_args()
     documents, versions = corpus.build(args.python)
     side = {False: [d for d in documents if not d.held_out], True: [d for d in documents if d.held_out]}
-    rows: dict[bool, list[list[dict[str, str]] | str]] = {}
+    rows: dict[bool, list[list[dict[str, str]]]] = {}
     for held, seed, n in ((False, 1, args.skills), (True, 2, 6000)):
         rng = random.Random(seed)
         bank = Bank(rng, words(side[held], 1 if held else 4), sentences(side[held]))
@@ -131,15 +141,16 @@ def main() -> None:
         code = [d.text for d in side[False] if d.kind == "code"][::20]
         # Everyday words are rare in a programmer's text; counted often enough, they become tokens, which keeps the rows of small tasks short.
         everyday = [f" {w}\n{w}" for w in lexicon.everyday()] * 200
-        plain = [r if isinstance(r, str) else "\n".join(m["content"] for m in r) for r in rows[False][:10_000]]
+        plain = ["\n".join(m["content"] for m in r) for r in rows[False][:10_000]]
         tokenizer = train_tokenizer(text * 2 + code + plain + everyday, args.vocabulary)
     save_tokenizer(tokenizer, args.out)
     arrays, counts = {}, {}
+    rng = random.Random(3)
     for held, name in ((False, "train"), (True, "held_out")):
         for kind in ("docs", "prose", "code"):
-            texts = [d.text for d in side[held] if d.kind == kind]
+            texts = [p for d in side[held] if d.kind == kind for p in pieces(d, rng)]
             arrays[f"{name}.{kind}"] = encode(tokenizer, [BOS + t + END for t in texts])
-            counts[f"{name}.{kind}"] = {"files": len(texts), "bytes": sum(len(t.encode()) for t in texts)}
+            counts[f"{name}.{kind}"] = {"files": sum(d.kind == kind for d in side[held]), "bytes": sum(len(t.encode()) for t in texts)}
         arrays[f"{name}.skills"] = encode(tokenizer, [wrap(r) for r in rows[held]])
         counts[f"{name}.skills"] = {"rows": len(rows[held]), "bytes": sum(map(size, rows[held]))}
     for key, value in counts.items():

@@ -131,10 +131,10 @@ def day_in_words(r: random.Random, date: datetime.date) -> str:
 def make_date(r: random.Random) -> tuple[str, str, str]:
     date = datetime.date(1900, 1, 8) + datetime.timedelta(days=r.randrange(58_000))
     kind = r.random()
-    if kind < 0.06:
+    if kind < 0.03:
         date = date.replace(day=calendar.monthrange(date.year, date.month)[1])
         when = f"the last day of {calendar.month_name[date.month]} {date.year}"
-    elif kind < 0.2:
+    elif kind < 0.12:
         named = r.choice(list(NAMED))
         date = date.replace(month=1, day=1).replace(month=NAMED[named][0], day=NAMED[named][1])
         when = f"{named} {r.choice(('', 'in ', 'of '))}{date.year}"
