@@ -16,10 +16,10 @@ from weft.methods import Full, LoRA
 from weft.train import EvalConfig, Recipe, Result, TrainConfig, fit
 
 SWEEP = Path(__file__).with_name("demo_sweep.json")  # made by bench/demo_sweep.py
-STEPS, TOKENS, ALPHA = 250, 1024, 16.0
+STEPS, TOKENS, ALPHA = 120, 1024, 16.0
 HELD_OUT = 200  # rows of the exact match
 METHODS: dict[str, Method] = {f"LoRA r={r}": LoRA(rank=r, alpha=ALPHA) for r in (1, 2, 4, 8, 16)} | {"full fine-tuning": Full()}
-GRID = {"LoRA": (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2), "Full": (1.25e-4, 2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3)}
+GRID = {"LoRA": (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2), "Full": (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3)}
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def recipe(task: str, method: str, lr: float, data: Path, output: Path, seed: in
     return Recipe(
         method=METHODS[method],
         data=DataConfig(train=str(data / f"{task}.train.jsonl"), eval=str(data / f"{task}.held_out.jsonl")),
-        train=TrainConfig(lr=lr, steps=STEPS, tokens=TOKENS, eval_every=STEPS // 5, log_every=5, save_seconds=None, progress="off"),
+        train=TrainConfig(lr=lr, steps=STEPS, tokens=TOKENS, eval_every=STEPS // 4, log_every=5, save_seconds=None, progress="off"),
         eval=EvalConfig(start=False, rows=100, train_rows=100, exact_match=True, exact_rows=HELD_OUT, batch=100,
                         max_new_tokens=TASKS[task].max_new_tokens),
         output=str(output), seed=seed, name=name,

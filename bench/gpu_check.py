@@ -1,0 +1,167 @@
+"""Every fast path against its twin, on a GPU. CI has none: whoever touches kernels/, quant/, train/ or step/ runs and commits it.
+
+    python bench/gpu_check.py
+
+Needs a CUDA device and pytest. Fresh random inputs of awkward shapes every time; the bounds are stated beside each figure.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import torch
+from _common import save
+
+import weft
+from weft.adapters import attached
+from weft.data import DataConfig, demo, load_rows, pack, prepare
+from weft.kernels.low_rank import low_rank_add, low_rank_add_reference
+from weft.models import attention
+from weft.step import loss_sum
+from weft.train import EvalConfig, Recipe, TrainConfig
+
+CHECKS: list[dict[str, Any]] = []
+DEVICE = "cuda"
+
+
+def check(what: str, error: float, bound: float) -> None:
+    CHECKS.append({"what": what, "error": error, "bound": bound, "ok": error <= bound})
+    print(f"{'ok  ' if error <= bound else 'FAIL'} {what}: {error:.2e} (bound {bound:.0e})", flush=True)
+
+
+def distance(a: torch.Tensor, b: torch.Tensor) -> float:
+    """‖a - b‖ / ‖b‖ in fp64; a NaN never passes."""
+    a, b = a.detach().double(), b.detach().double()
+    found = ((a - b).norm() / b.norm().clamp_min(1e-30)).item()
+    return found if found == found else float("inf")
+
+
+def low_rank() -> None:
+    """The in-place product with its hand-written backward, against plain operations in fp64."""
+    for dtype, bound in ((torch.float32, 1e-5), (torch.bfloat16, 1e-2)):
+        for rows, inside, outside, rank in ((1, 33, 17, 3), (257, 96, 130, 8), (1000, 1024, 640, 16)):
+            made = [torch.randn(s, device=DEVICE) for s in ((rows, outside), (rows, inside), (rank, inside), (outside, rank))]
+            y, x, A, B = (t.to(dtype) if i < 2 else t for i, t in enumerate(made))
+            g = torch.randn(rows, outside, device=DEVICE).to(dtype)
+            leaves = [t.clone().requires_grad_() for t in (x, A, B)]
+            out = low_rank_add(y.clone(), *leaves, 0.7)
+            out.backward(g)
+            exact = [t.double().clone().requires_grad_() for t in (x, A, B)]
+            want = low_rank_add_reference(y.double(), *exact, 0.7)
+            want.backward(g.double())
+            worst = max([distance(out, want), *(distance(a.grad, b.grad) for a, b in zip(leaves, exact, strict=True))])
+            check(f"low_rank_add {dtype} {rows}×{inside}→{outside} r={rank}: output and gradients", worst, bound)
+
+
+def adapters() -> None:
+    """Merging against the forward pass, and rows through one batched product against one by one, on the embedded base."""
+    for base, bound in (("fp32", 1e-4), ("bf16", 5e-2)):
+        model = weft.load_base("embedded", base=base, device=DEVICE)
+        for seed, name in enumerate("abc"):
+            torch.manual_seed(seed)
+            weft.adapt(model, weft.LoRA(rank=3 + seed), name=name)
+            with torch.no_grad():
+                for part in attached(model, name).values():
+                    for p in part.parameters():
+                        p.add_(0.02 * torch.randn_like(p))
+        ids = torch.randint(10, 4000, (4, 37), device=DEVICE)
+        owners = ["c", None, "a", "b"]
+        with torch.no_grad():
+            alone = []
+            for i, name in enumerate(owners):
+                with weft.using(model, name):
+                    alone.append(model(ids[i : i + 1]).logits[0])
+            with weft.rows(model, owners):
+                check(f"mixed rows, {base}: one batched product against one by one", distance(model(ids).logits, torch.stack(alone)), bound)
+            weft.use(model, "a")
+            want = model(ids).logits
+            weft.merge(model, "a")
+            check(f"merged against forward, {base}", distance(model(ids).logits, want), bound)
+            weft.unmerge(model)
+            check(f"unmerged again, {base}: bit for bit", float(not torch.equal(model(ids).logits, want)), 0.0)
+
+
+def packed() -> None:
+    """The loss and the gradients of a packed batch against its rows alone."""
+    tokenizer = weft.load_tokenizer("embedded")
+    with tempfile.TemporaryDirectory() as folder:
+        path, _ = demo.write("records", folder, train=23, held_out=1)
+        examples = prepare(load_rows(str(path)), tokenizer, DataConfig(train=str(path)), progress=False).examples
+    for base, bound in (("fp32", 1e-5), ("bf16", 2e-2)):
+        model = weft.load_base("embedded", base=base, device=DEVICE)
+        assert attention.use(model), attention.reason(model)
+        weft.adapt(model, weft.LoRA(rank=8))
+        parameters = list(weft.adapters.trainable(model, "default").values())
+        torch.manual_seed(1)
+        with torch.no_grad():
+            for p in parameters:
+                p.add_(0.02 * torch.randn_like(p))
+
+        def gradients(batches: list[Any]) -> tuple[float, list[torch.Tensor]]:
+            for p in parameters:
+                p.grad = None
+            total = sum(loss_sum(model, b.to(DEVICE)) for b in batches)
+            total.backward()
+            return total.item(), [p.grad.clone() for p in parameters]
+
+        whole, together = gradients([pack(examples)])
+        alone, apart = gradients([pack([e]) for e in examples])
+        check(f"packed against rows alone, {base}: loss", abs(whole - alone) / alone, bound)
+        check(
+            f"packed against rows alone, {base}: gradients",
+            distance(torch.cat([g.flatten() for g in together]), torch.cat([g.flatten() for g in apart])),
+            bound * 3,
+        )
+
+
+def training() -> None:
+    """Twenty steps on the GPU against twenty on the CPU, in fp32."""
+    tokenizer, losses = weft.load_tokenizer("embedded"), {}
+    with tempfile.TemporaryDirectory() as folder:
+        path, held = demo.write("dates", folder, train=200, held_out=20)
+        for device in ("cpu", DEVICE):
+            recipe = Recipe(
+                method=weft.LoRA(rank=8, alpha=16), data=DataConfig(train=str(path), eval=str(held)), output=str(Path(folder) / device),
+                train=TrainConfig(lr=2e-3, steps=20, tokens=512, log_every=1, device=device, progress="off"),
+                eval=EvalConfig(start=False, rows=20, train_rows=0),
+            )  # fmt: skip
+            result = weft.fit(weft.load_base("embedded", base="fp32", device=device), recipe, tokenizer=tokenizer)
+            losses[device] = torch.tensor([line["loss"] for line in result.history if "loss" in line])
+    check("twenty training steps, GPU against CPU, fp32: losses", distance(losses[DEVICE], losses["cpu"]), 1e-3)
+
+
+def tests() -> dict[str, Any]:
+    """The tests that have a GPU part."""
+    root = Path(__file__).parent.parent
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/step", "tests/train/test_flat.py", "tests/train/test_cuda.py",
+               "tests/contract/test_adapters.py"]  # fmt: skip
+    command = [c for c in command if not c.startswith("tests/") or (root / c).exists()]
+    environment = os.environ | {"PYTHONPATH": f"{root / 'src'}:{root}"}
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, env=environment)
+    closing = (done.stdout.strip().splitlines() or ["no output"])[-1]
+    print(closing, flush=True)
+    if done.returncode:
+        print("\n".join(line for line in done.stdout.splitlines() if re.match(r"E  |FAILED|ERROR", line))[-3000:])
+    return {"command": "pytest " + " ".join(c for c in command if c.startswith("tests/")), "closing": closing, "ok": done.returncode == 0}
+
+
+def main() -> int:
+    torch.backends.cuda.matmul.allow_tf32 = False
+    for part in (low_rank, adapters, packed, training):
+        part()
+    pytest = tests()
+    ok = all(c["ok"] for c in CHECKS) and pytest["ok"]
+    print(save("gpu_check", {"ok": ok, "checks": CHECKS, "tests": pytest}))
+    return 0 if ok else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
