@@ -6,20 +6,11 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-AGENTS = ("parser function module handler loader server client thread process iterator decoder method test user program compiler interpreter caller worker editor "
-          "script writer reader scanner manager").split()
-THINGS = ("file value list string buffer socket argument exception warning package cache queue lock timer stream record message header token table index path "
-          "directory encoding result object class name line key field attribute option setting pattern frame symbol request reply block page report").split()
-QUALITIES = "new old empty first last current local global optional missing default large small nested open closed unknown valid temporary hidden public".split()
+AGENTS = ["parser", "function", "module", "handler", "loader", "server", "client", "thread", "process", "iterator", "decoder", "method", "test", "user", "program", "compiler", "interpreter", "caller", "worker", "editor", "script", "writer", "reader", "scanner", "manager"]
+THINGS = ["file", "value", "list", "string", "buffer", "socket", "argument", "exception", "warning", "package", "cache", "queue", "lock", "timer", "stream", "record", "message", "header", "token", "table", "index", "path", "directory", "encoding", "result", "object", "class", "name", "line", "key", "field", "attribute", "option", "setting", "pattern", "frame", "symbol", "request", "reply", "block", "page", "report"]
+QUALITIES = ["new", "old", "empty", "first", "last", "current", "local", "global", "optional", "missing", "default", "large", "small", "nested", "open", "closed", "unknown", "valid", "temporary", "hidden", "public"]
 # base, third person, past, participle
-VERBS = [v.split("/") for v in (
-    "read/reads/read/read write/writes/wrote/written open/opens/opened/opened close/closes/closed/closed return/returns/returned/returned "
-    "create/creates/created/created delete/deletes/deleted/deleted check/checks/checked/checked copy/copies/copied/copied send/sends/sent/sent "
-    "receive/receives/received/received store/stores/stored/stored load/loads/loaded/loaded update/updates/updated/updated "
-    "replace/replaces/replaced/replaced accept/accepts/accepted/accepted ignore/ignores/ignored/ignored count/counts/counted/counted "
-    "print/prints/printed/printed find/finds/found/found skip/skips/skipped/skipped remove/removes/removed/removed hold/holds/held/held "
-    "release/releases/released/released keep/keeps/kept/kept build/builds/built/built lose/loses/lost/lost choose/chooses/chose/chosen "
-    "change/changes/changed/changed use/uses/used/used need/needs/needed/needed hide/hides/hid/hidden save/saves/saved/saved").split()]
+VERBS = [v.split("/") for v in ["read/reads/read/read", "write/writes/wrote/written", "open/opens/opened/opened", "close/closes/closed/closed", "return/returns/returned/returned", "create/creates/created/created", "delete/deletes/deleted/deleted", "check/checks/checked/checked", "copy/copies/copied/copied", "send/sends/sent/sent", "receive/receives/received/received", "store/stores/stored/stored", "load/loads/loaded/loaded", "update/updates/updated/updated", "replace/replaces/replaced/replaced", "accept/accepts/accepted/accepted", "ignore/ignores/ignored/ignored", "count/counts/counted/counted", "print/prints/printed/printed", "find/finds/found/found", "skip/skips/skipped/skipped", "remove/removes/removed/removed", "hold/holds/held/held", "release/releases/released/released", "keep/keeps/kept/kept", "build/builds/built/built", "lose/loses/lost/lost", "choose/chooses/chose/chosen", "change/changes/changed/changed", "use/uses/used/used", "need/needs/needed/needed", "hide/hides/hid/hidden", "save/saves/saved/saved"]]
 PLACES = ["", "", "", "in the current directory", "by default", "at the end", "before the test", "after the call", "without an error", "from the cache", "in memory",
           "at the same time", "for every request", "on the first line", "with a lock", "during the import", "in a separate thread", "as soon as possible"]
 CONDITIONS = ["the cache is empty", "the name is unknown", "the file does not exist", "no argument is given", "the lock is held", "the connection fails",

@@ -13,7 +13,19 @@ from dataclasses import dataclass
 
 import grammar
 from bank import Bank
-from lexicon import ABBREVIATIONS, MONTH_DAYS, MONTHS, NOUNS, OPPOSITES, WEEKDAYS, number_words, ordinal_digits, ordinal_words, plural, year_words
+from lexicon import (
+    ABBREVIATIONS,
+    MONTH_DAYS,
+    MONTHS,
+    NOUNS,
+    OPPOSITES,
+    WEEKDAYS,
+    number_words,
+    ordinal_digits,
+    ordinal_words,
+    plural,
+    year_words,
+)
 
 Sample = Callable[[], tuple[str, str]]
 
