@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
@@ -89,7 +90,10 @@ class Demo:
             self._train(self.task, method, where)
             if not keep:
                 weft.remove(self.model, "default")
-        table = Table("", "trained", "learning rate", "time", "train loss", "held-out loss", "exact match", "adapter", title_justify="left")
+        table = Table(box=SIMPLE_HEAD, padding=(0, 1))
+        table.add_column("", no_wrap=True)
+        for heading in ("trained", "lr", "time", "train loss", "held-out", "exact", "adapter"):
+            table.add_column(heading, justify="right", no_wrap=True)
         table.add_row("the bare base", "0", "", "", "", "", f"{self.base_match:.1%}", "")
         for method in METHODS:
             row = next((r for r in self.rows if r.method == method and r.task == self.task), None)
@@ -176,7 +180,7 @@ class Demo:
         with torch.no_grad(), weft.rows(self.model, owners):
             made = self.model.generate(input_ids=ids.to(device), attention_mask=mask.to(device), max_new_tokens=64, do_sample=False,
                                        eos_token_id=stop, pad_token_id=self.tokenizer.pad_token_id)[:, ids.shape[1] :]  # fmt: skip
-        table = Table("row", "adapter", "answer", "wanted")
+        table = Table("row", "adapter", "answer", "wanted", box=SIMPLE_HEAD)
         for i, (name, row, line) in enumerate(zip(owners, rows, made.tolist(), strict=True)):
             end = next((k for k, t in enumerate(line) if t in stop), len(line))
             answer, wanted = self.tokenizer.decode(line[:end], skip_special_tokens=True), row.messages[-1]["content"]
