@@ -26,6 +26,10 @@ def test_the_demo_shows_everything(tmp_path: Path, capfd: pytest.CaptureFixture[
     for part in ("The base:", "the bare base", "LoRA r=1", "LoRA r=16 *", "full fine-tuning", "learns dates and style", "swapped",
                  "every row its own adapter", "bit for bit what it was", "demo-report.html"):  # fmt: skip
         assert part in " ".join(out.split()) or part in out, part
+    rows = [line.split() for line in out.splitlines() if line.startswith(("  LoRA", "LoRA", "full"))]
+    trained = {" ".join(words[:2]): words for words in rows}
+    assert "5,180,672" in trained["full fine-tuning"], "full fine-tuning starts from the base, not from the adapter before it"
+    assert "26,880" in trained["LoRA r=1"] and "215,040" in trained["LoRA r=8"]
     page = (folder / "demo-report.html").read_text(encoding="utf-8")
     assert page.count("plotly-graph-div") >= 3 and "http" not in page.split("</script>")[-1]
     assert {p.name for p in (folder / "adapters").iterdir()} == {"dates", "records", "style"}

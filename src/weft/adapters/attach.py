@@ -66,7 +66,7 @@ def check_new(model: nn.Module, name: str) -> None:
     """Raise WeftError unless `name` may be given to a new adapter of this model."""
     if not isinstance(name, str) or not name or "." in name or name == "base":
         raise WeftError(f"{name!r} cannot name an adapter: use any text that is not empty, has no dot and is not 'base'")
-    if name in names(model):
+    if any(name in slot_of(site) for site in sites(model).values()):
         raise WeftError(f"this model has an adapter named {name!r} already: choose another name, or weft.remove(model, {name!r}) first")
 
 
@@ -173,7 +173,8 @@ def remove(model: nn.Module, name: str | None = None) -> None:
 
 
 def _known(found: dict[str, Site], chosen: Sequence[str]) -> None:
-    have = {n for site in found.values() for n in slot_of(site)}
-    if unknown := [n for n in chosen if n not in have]:
+    slots = [slot_of(site) for site in found.values()]
+    if unknown := [n for n in chosen if not any(n in slot for slot in slots)]:  # in this order the cost is that of the sites alone
+        have = {n for slot in slots for n in slot}
         there = f"there are {', '.join(map(repr, sorted(have)))}" if have else "this model has none"
         raise WeftError(f"no adapter named {', '.join(map(repr, unknown))} here; {there}")

@@ -49,7 +49,7 @@ class Demo:
         parameters = sum(p.numel() for p in self.model.parameters())
         self._title(f"The base: {parameters / 1e6:.1f} million parameters, trained on CPython's own documentation and source")
         for start in PROSE:
-            self.console.print(f"  [dim]{start}[/]{escape(self._continue(start))}")
+            self.console.print(f"  [dim]{start}[/] {escape(self._continue(start))}")
         with step("asking the base", tell=False):
             held = self._held(self.task)
             before = exact_match(self.model, self.tokenizer, held, tasks.TASKS[self.task].max_new_tokens, 100)
@@ -88,11 +88,10 @@ class Demo:
             keep = method == "LoRA r=8"
             where = self.folder / "adapters" / self.task if keep else self.folder / "runs" / method.replace(" ", "-")
             self._train(self.task, method, where)
-            if not keep:
-                weft.remove(self.model, "default")
-        table = Table(box=SIMPLE_HEAD, padding=(0, 1))
+            weft.remove(self.model)  # the next method starts from the base, not from this adapter
+        table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
         table.add_column("", no_wrap=True)
-        for heading in ("trained", "lr", "time", "train loss", "held-out", "exact", "adapter"):
+        for heading in ("trained", "lr", "time", "train", "held-out", "exact", "adapter"):
             table.add_column(heading, justify="right", no_wrap=True)
         table.add_row("the bare base", "0", "", "", "", "", f"{self.base_match:.1%}", "")
         for method in METHODS:
@@ -106,11 +105,12 @@ class Demo:
                 table.add_row(f"{method} *", f"{b['parameters']:,}", f"{b['lr']:.3g}", "", *losses, f"{b['exact_match']:.1%}",
                               _size(b["adapter_bytes"]), style="dim")  # fmt: skip
         self.console.print(table)
+        self.console.print("[dim]trained: parameters; train and held-out: loss in nats a token; exact: answers equal to the reference[/]")
         if swept is None:
-            setup = self.chosen["setup"]
+            seeds = len(self.chosen["setup"]["seeds"])
             self.console.print(
-                f"[dim]* not trained here: the mean of {len(setup['seeds'])} seeds in the committed sweep ({self.chosen['date']}, "
-                f"{self.chosen['machine']['gpu'] or self.chosen['machine']['cpu']}).\n"
+                f"[dim]* not trained here: {'one seed' if seeds == 1 else f'the mean of {seeds} seeds'} in the committed sweep "
+                f"({self.chosen['date']}, {self.chosen['machine']['gpu'] or self.chosen['machine']['cpu']}).\n"
                 f"  `weft demo --all` trains every row, after making the sweep here.[/]"
             )
         if edges := [m for m in METHODS if (b := self._best(self.task, m)) is not None and not b["interior"]]:
@@ -122,11 +122,11 @@ class Demo:
         """Adapters for the other two tasks on the same base."""
         rest = [t for t in tasks.TASKS if t != self.task]
         self._title(f"The same frozen base learns {' and '.join(rest)}")
-        weft.remove(self.model)
         for task in rest:
             result = self._train(task, "LoRA r=8", self.folder / "adapters" / task)
             weft.remove(self.model)
-            self.console.print(f"  {task:8} {result.exact_match:.1%} exact in {clock(result.seconds)}, {_size(result.adapter_bytes)}")
+            if self.console.is_terminal:  # elsewhere the run has said so itself
+                self.console.print(f"  {task:8} {result.exact_match:.1%} exact in {clock(result.seconds)}, {_size(result.adapter_bytes)}")
 
     def _train(self, task: str, method: str, folder: Path) -> Result:
         found = self._best(task, method)
