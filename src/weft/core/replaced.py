@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from weft.core.adapter import Adapter
+from weft.core.errors import WeftError
 from weft.core.site import Around, Site, base_class, plain
 
 
@@ -38,7 +39,7 @@ class Replaced(Adapter):
     def forward(self, layer: Site | Around, *inputs: Any, **kwargs: Any) -> Any:
         module = plain(layer)
         if isinstance(layer, Around):
-            raise NotImplementedError("a replaced layer is the layer itself: it must be the innermost of several active adapters")
+            raise WeftError("an adapter that replaces a layer whole must come first: weft.use(model, ['full', 'lora'])")
         base: Any = object.__new__(base_class(module))  # the same state under the base's own class, so that its forward has no slot
         base.__dict__ = module.__dict__
         own = {name: p.to(module._parameters[name].dtype) for name, p in self._parameters.items() if p is not None}
