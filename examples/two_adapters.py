@@ -2,8 +2,8 @@
 
     python examples/two_adapters.py [steps]
 
-Uses the small base that is in the package and the demo's generated tasks, so nothing is downloaded. With 120 steps it takes about a minute
-and a half on two cores and both adapters answer nearly every question; with 20 they only begin to learn.
+Uses the small base that is in the package and the demo's generated tasks, so nothing is downloaded.
+The 120 steps are those of the demo; with 20 the adapters only begin to learn.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def main(steps: int = 120) -> None:
                 name=task,
                 method=weft.LoRA(rank=8, alpha=16),
                 data=DataConfig(train=str(train), eval=str(held_out)),
-                train=TrainConfig(lr=3e-3, steps=steps, tokens=1024, progress="lines"),
+                train=TrainConfig(lr=4e-3, steps=steps, tokens=1024, progress="lines"),
                 eval=EvalConfig(start=False, rows=50, train_rows=0),
                 output=str(Path(folder) / task),
             )

@@ -18,7 +18,7 @@ TASKS = ("dates", "records", "style")  # weft.data.demo.TASKS, named here so tha
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--task", choices=TASKS, default="dates", help="the task of the comparison (default: dates)")
     parser.add_argument(
-        "--all", action="store_true", help="make the sweep of learning rates here, then train every row of the table (about an hour)"
+        "--all", action="store_true", help="make the sweep of learning rates here, then train every row of the table (48 runs)"
     )
     parser.add_argument(
         "-o", "--output", metavar="DIR", default="weft-demo", help="folder for data, adapters and report (default: weft-demo)"
