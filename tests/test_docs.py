@@ -14,7 +14,7 @@ from types import ModuleType
 
 import pytest
 
-from weft.adapters.peft_format import FORMATS, NAMES
+from weft.adapters.formats import FORMATS, NAMES
 from weft.cli.completion import flags
 from weft.cli.main import main
 from weft.core import METHODS

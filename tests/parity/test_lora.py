@@ -156,6 +156,6 @@ def test_several_active_adapters_add_up(tmp_path: Path) -> None:
     both = _out(model, x)
     assert (both - _out(theirs, x)).abs().max() <= 1e-6
     weft.use(model, ["b", "a"])
-    assert (both - _out(model, x)).abs().max() <= 1e-5
+    assert (both - _out(model, x)).abs().max() <= 5e-5
     weft.merge(model)
-    assert (both - _out(model, x)).abs().max() <= 1e-5
+    assert (both - _out(model, x)).abs().max() <= 5e-5

@@ -16,7 +16,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from weft.adapters.attach import attach, attached, build, check_new, device_of, names
-from weft.adapters.peft_format import PREFIX, format_named, format_of, key
+from weft.adapters.formats import PREFIX, format_named, format_of, key
 from weft.core import Adapter, WeftError, base_class, modules
 
 Model = TypeVar("Model", bound=nn.Module)

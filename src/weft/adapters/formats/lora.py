@@ -1,23 +1,19 @@
-"""The layout of peft's adapter files: its configuration and its tensor names, to weft's methods and back.
-
-Verified against peft 0.21.2; tests/parity holds both directions to 1e-6.
-"""
+"""LoRA in the layout of peft's adapter files."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
-from weft.core import METHODS, Adapter, Method, Replaced, WeftError, modules
+from weft.adapters.formats.base import Format, short_names, whole
+from weft.core import Adapter, Method, Replaced, WeftError
 from weft.methods import LoRA
 from weft.methods.lora import LowRank
 from weft.methods.lora_layers import LowRankConv, LowRankEmbedding
-
-PREFIX = "base_model.model."
 
 # adapter class -> its parameters' names -> peft's names after the module's path
 NAMES: dict[type[Adapter], dict[str, str]] = {
@@ -25,24 +21,6 @@ NAMES: dict[type[Adapter], dict[str, str]] = {
     LowRankConv: {"A": "lora_A.weight", "B": "lora_B.weight", "bias": "base_layer.bias"},
     LowRankEmbedding: {"A": "lora_embedding_A", "B": "lora_embedding_B"},
 }
-
-
-def key(path: str, adapter: Adapter, parameter: str) -> str:
-    """The name in the file of one parameter of the adapter at `path`."""
-    suffix = NAMES.get(type(adapter), {}).get(parameter, parameter)
-    return f"{PREFIX}{path}.{suffix}" if path else f"{PREFIX}{suffix}"
-
-
-@dataclass(frozen=True)
-class Format:
-    """How one method is written: `write` gives its part of adapter_config.json, `read` the method that a configuration means."""
-
-    peft_type: str
-    write: Callable[[Any, nn.Module, Mapping[str, Adapter]], dict[str, Any]]
-    read: Callable[[Mapping[str, Any]], Method]
-
-
-# ---- LoRA ---------------------------------------------------------------------------------------------------------------
 
 # Fields of peft's LoraConfig that change what is computed and that weft does not have: refused unless they hold this value.
 _NEUTRAL: dict[str, Any] = {
@@ -63,7 +41,7 @@ def _write_lora(method: LoRA, model: nn.Module, adapters: Mapping[str, Adapter])
     low_rank = {p: a for p, a in adapters.items() if not isinstance(a, Replaced)}
     ranks, alphas = _patterns(method, low_rank)
     return {
-        "r": method.rank, "lora_alpha": _whole(method.alpha), "lora_dropout": method.dropout, "use_rslora": method.rslora,
+        "r": method.rank, "lora_alpha": whole(method.alpha), "lora_dropout": method.dropout, "use_rslora": method.rslora,
         "use_dora": False, "bias": method.bias, "lora_bias": method.lora_bias, "init_lora_weights": method.init == "kaiming" or "gaussian",
         "target_modules": short_names(model, low_rank), "exclude_modules": None, "modules_to_save": None, "layers_to_transform": None,
         "rank_pattern": ranks, "alpha_pattern": alphas,
@@ -78,8 +56,8 @@ def _patterns(method: LoRA, adapters: Mapping[str, Any]) -> tuple[dict[str, int]
         return dict(method.rank_pattern), dict(method.alpha_pattern)
     plain = replace(method, rank_pattern={}, alpha_pattern={}).scaled("")
     odd = {p: t for p, t in truth.items() if t != plain}
-    whole = {re.escape(p): (r, s * (r**0.5 if method.rslora else r)) for p, (r, s) in odd.items()}
-    return {p: r for p, (r, _) in whole.items()}, {p: _whole(a) for p, (_, a) in whole.items()}
+    found = {re.escape(p): (r, s * (r**0.5 if method.rslora else r)) for p, (r, s) in odd.items()}
+    return {p: r for p, (r, _) in found.items()}, {p: whole(a) for p, (_, a) in found.items()}
 
 
 def _read_lora(config: Mapping[str, Any]) -> Method:
@@ -103,43 +81,4 @@ def _read_lora(config: Mapping[str, Any]) -> Method:
     return LoRA(**values)
 
 
-# ---- any other method --------------------------------------------------------------------------------------------------------
-
-
-def _write_any(method: Method, model: nn.Module, adapters: Mapping[str, Adapter]) -> dict[str, Any]:
-    return {"target_modules": sorted(adapters), "method": method.to_dict()}
-
-
-def _read_any(config: Mapping[str, Any]) -> Method:
-    if not isinstance(config.get("method"), dict):
-        raise WeftError("adapter_config.json does not hold the method's hyper-parameters under 'method'")
-    return Method.from_dict(config["method"])
-
-
 FORMATS: dict[type[Method], Format] = {LoRA: Format("LORA", _write_lora, _read_lora)}
-OWN = "WEFT_"  # what peft has no type for: the method as it is, and its parameters under their own names (whole ones as modules_to_save)
-
-
-def format_of(method: type[Method]) -> Format:
-    """How this method is written: in peft's way if peft has it, else in weft's own."""
-    return FORMATS.get(method) or Format(f"{OWN}{method.__name__.upper()}", _write_any, _read_any)
-
-
-def format_named(peft_type: str) -> Format:
-    """How to read a configuration of this type. Raises WeftError for a type that weft does not have."""
-    known = {f.peft_type: f for f in map(format_of, METHODS.values())}
-    if peft_type not in known:
-        raise WeftError(f"weft does not have the method {peft_type!r}; it has {', '.join(sorted(known))}")
-    return known[peft_type]
-
-
-def short_names(model: nn.Module, paths: Iterable[str]) -> list[str]:
-    """The fewest names that peft's suffix rule resolves to exactly these paths: the last parts if they do, else the paths whole."""
-    wanted = set(paths)
-    ends = {p.rpartition(".")[2] for p in wanted}
-    hit = sum(p.rpartition(".")[2] in ends for p, _ in modules(model))
-    return sorted(ends) if hit == len(wanted) else sorted(wanted)
-
-
-def _whole(x: float) -> float:
-    return int(x) if float(x).is_integer() else x

@@ -1,0 +1,37 @@
+"""peft's adapter files and weft's methods: one file a family of methods, each with its configuration and its tensor names.
+
+Verified against peft 0.21.2; tests/parity holds both directions to 1e-6. An adapter's parameters have the shapes of peft's tensors, so
+that reading and writing is naming.
+"""
+
+from __future__ import annotations
+
+from weft.adapters.formats import lora
+from weft.adapters.formats.base import OWN, PREFIX, Format, own_format, short_names
+from weft.core import METHODS, Adapter, Method, WeftError
+
+# A new family of methods: a file beside this one with NAMES and FORMATS, and its name here.
+FAMILIES = (lora,)
+NAMES: dict[type[Adapter], dict[str, str]] = {kind: names for family in FAMILIES for kind, names in family.NAMES.items()}
+FORMATS: dict[type[Method], Format] = {method: format for family in FAMILIES for method, format in family.FORMATS.items()}
+
+__all__ = ["FORMATS", "NAMES", "OWN", "PREFIX", "Format", "format_named", "format_of", "key", "short_names"]
+
+
+def key(path: str, adapter: Adapter, parameter: str) -> str:
+    """The name in the file of one parameter of the adapter at `path`."""
+    suffix = NAMES.get(type(adapter), {}).get(parameter, parameter)
+    return f"{PREFIX}{path}.{suffix}" if path else f"{PREFIX}{suffix}"
+
+
+def format_of(method: type[Method]) -> Format:
+    """How this method is written: in peft's way if peft has it, else in weft's own."""
+    return FORMATS.get(method) or own_format(method)
+
+
+def format_named(peft_type: str) -> Format:
+    """How to read a configuration of this type. Raises WeftError for a type that weft does not have."""
+    known = {f.peft_type: f for f in map(format_of, METHODS.values())}
+    if peft_type not in known:
+        raise WeftError(f"weft does not have the method {peft_type!r}; it has {', '.join(sorted(known))}")
+    return known[peft_type]
