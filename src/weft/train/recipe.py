@@ -40,6 +40,10 @@ class TrainConfig:
     batches, so raise it for speed, not for quality."""
     accumulate: int = 1
     """Micro-batches per optimiser step. Their losses are summed and divided by all target tokens, which equals one big batch."""
+    optimiser: Literal["adamw", "adamw-8bit", "adamw-offload", "adamw-paged"] = "adamw"
+    """Where AdamW's two moments lie: fp32 on the device (8 bytes a trained parameter), 8 bits on the device (2 bytes), fp32 in the host's
+    memory (the same bits as "adamw", slower), or bitsandbytes' paged memory. The adapter's moments are small: of an 8B model at rank 16
+    they are 0.34 GB."""
     betas: tuple[float, float] = (0.9, 0.999)
     """AdamW's decay rates of the first and second moment."""
     eps: float = 1e-8

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 import weft.adapters
 from weft.core import Adapter, Method
 from weft.data import Batch, Batches
-from weft.train import checkpoint
+from weft.train import checkpoint, optimisers
 from weft.train.checkpoint import State
 from weft.train.evaluate import mean_loss
-from weft.train.flat import AdamW, Flat
+from weft.train.flat import Flat
 from weft.train.guard import FirstStep, Interrupted, LossGuard, Signals
 from weft.train.metrics import Metrics, memory
 from weft.train.output import Output
@@ -47,7 +47,8 @@ class Run:
         self.device = next(iter(self.parameters.values())).device
         self.penalties = [a for a in self.adapters.values() if type(a).penalty is not Adapter.penalty]
         self.flat = Flat(self.parameters, self.method.lr_scale)
-        self.optimiser = AdamW(self.flat, self.config.betas, self.config.eps, self.config.weight_decay)
+        c = self.config
+        self.optimiser = optimisers.make(c.optimiser, self.flat, c.betas, c.eps, c.weight_decay)
         self.peak = self.config.lr if self.config.lr is not None else self.method.default_lr
         per_epoch = len(batches)
         self.micro = self.config.steps * self.config.accumulate if self.config.steps else math.ceil(self.config.epochs * per_epoch)
