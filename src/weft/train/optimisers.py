@@ -4,7 +4,7 @@
 |---|---|---|
 | adamw | 8 + 0 | torch's fused AdamW (flat.py) |
 | adamw-8bit | 2 + 0 | the same equations on moments that rest in 8 bits, a scale for each 256 |
-| adamw-offload | 0 + 8 | the same bits as adamw: the moments rest in pinned memory and visit the device in pieces, on a stream of their own |
+| adamw-offload | 0 + 8 | the same bits as adamw: the moments rest in pinned memory and visit the device in pieces |
 | adamw-paged | up to 8, the driver decides | bitsandbytes' PagedAdamW, where that package is there |
 """
 
@@ -120,7 +120,7 @@ class AdamW8bit:
         self.flat.zero_grad()
 
     def state(self) -> dict[str, Tensor]:
-        """Masters (size,) fp32, codes (blocks·256,) uint8 and scales (blocks,) fp32 of both moments of every group, and the updates done."""
+        """Masters (size,) fp32; of both moments of every group codes (blocks·256,) uint8 and scales (blocks,) fp32; the updates done."""
         out = {"masters": self.flat.data, "steps": torch.tensor(self.steps)}
         for i, pair in enumerate(self.moments):
             for key, moment in zip(("m", "v"), pair, strict=True):
