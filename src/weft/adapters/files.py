@@ -216,4 +216,9 @@ def _origin(model: nn.Module) -> str | None:
 
 
 def _task(model: nn.Module) -> str | None:
-    return next((task for end, task in TASKS.items() if base_class(model).__name__.endswith(end)), None)
+    task = next((task for end, task in TASKS.items() if base_class(model).__name__.endswith(end)), None)
+    if task == "SEQ_2_SEQ_LM":  # transformers names speech models and decoders that see pictures so too
+        if not getattr(model.config, "is_encoder_decoder", False):
+            return "CAUSAL_LM"
+        return task if getattr(model, "main_input_name", "input_ids") == "input_ids" else None
+    return task
