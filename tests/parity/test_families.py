@@ -143,9 +143,9 @@ def table() -> str:
     rows = [
         "# Interchange with peft, family by family",
         "",
-        f"Each ✓: what peft {peft.__version__} saves weft loads, and the reverse; logits agree within {CLOSE:.0e} and each adapter gradient "
-        f"within {CLOSE_GRADIENT:.0e}, relative, in fp32, on a small random model of the family. `–`: the method has no meaning there. "
-        "`peft: ...`: peft itself refuses or fails. Made by `python -m tests.parity.test_families`, and held by the tests.",
+        f"Each ✓: what peft {peft.__version__} saves weft loads, and the reverse; logits agree within {CLOSE:.0e} and each gradient of the "
+        f"adapter within {CLOSE_GRADIENT:.0e}, relative, in fp32, on a small random model of the family. `–`: the method has no meaning "
+        "there. `peft: ...`: peft itself refuses or fails. Made by `python -m tests.parity.test_families`, and held by the tests.",
         "",
         "| | " + " | ".join(METHODS) + " |",
         "|:---|" + ":---:|" * len(METHODS),
