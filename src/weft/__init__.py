@@ -18,6 +18,9 @@ _HOME = {
     "Method": "weft.core",
     "Site": "weft.core",
     "LoRA": "weft.methods",
+    "BitFit": "weft.methods",
+    "IA3": "weft.methods",
+    "LNTuning": "weft.methods",
     "Full": "weft.methods",
     "adapt": "weft.adapters",
     "load": "weft.adapters",
@@ -39,7 +42,7 @@ __all__ = [*sorted(_HOME), "__version__"]
 if TYPE_CHECKING:
     from weft.adapters import adapt, load, merge, remove, rows, save, summary, unmerge, use, using
     from weft.core import Adapter, Method, Site, WeftError
-    from weft.methods import Full, LoRA
+    from weft.methods import IA3, BitFit, Full, LNTuning, LoRA
     from weft.models import load_base, load_tokenizer
     from weft.train import Recipe, fit
 

@@ -21,6 +21,8 @@ from weft.methods.lora_layers import LowRankConv
 
 LINEAR = dict(llama="all-linear", gpt2="all-linear", plain="all-linear", conv="all-linear")
 EMBED = dict(llama=("embed_tokens", "q_proj"), gpt2=("wpe", "c_fc"), plain=("embed", "up"), conv=("first", "second", "third", "out"))
+SCALED = dict(llama="all-linear", gpt2="all-linear", plain=("up", "down"), conv="all")
+SCALED_INSIDE = dict(llama=("down_proj", "q_proj"), gpt2="mlp.c_proj", plain="down", conv=("second", "third"))
 METHODS_TRIED: dict[str, Callable[[str], Method]] = {
     "lora": lambda m: weft.LoRA(rank=4, alpha=8, targets=LINEAR[m]),
     "rslora": lambda m: weft.LoRA(rank=4, alpha=3, rslora=True, init="gaussian", targets=LINEAR[m]),
@@ -28,6 +30,11 @@ METHODS_TRIED: dict[str, Callable[[str], Method]] = {
     "lora-patterns": lambda m: weft.LoRA(rank=4, rank_pattern={r".*(up|q_proj|c_fc|out)\w*": 2}, alpha_pattern={"down_proj": 5.0}),
     "lora-biases": lambda m: weft.LoRA(rank=2, lora_bias=True, bias="all"),
     "lora-only-biases": lambda m: weft.LoRA(rank=2, bias="lora_only"),
+    "ia3": lambda m: weft.IA3(targets=SCALED[m], feedforward=SCALED_INSIDE[m]),
+    "ia3-auto": lambda m: weft.IA3(**{} if m in ("llama", "gpt2") else dict(targets="all", feedforward="*")),
+    "bitfit": lambda m: weft.BitFit(add=m == "llama"),
+    "bitfit-add": lambda m: weft.BitFit(add=True, targets="all-linear" if m != "conv" else "all"),
+    "ln-tuning": lambda m: weft.LNTuning(targets="first" if m == "conv" else "auto"),
     "full": lambda m: weft.Full(),
     "full-norms": lambda m: weft.Full(targets=dict(llama="re:.*norm", gpt2="ln_*", plain="norm", conv="first")[m]),
 }
@@ -192,7 +199,8 @@ def test_a_bf16_base_keeps_fp32_masters_and_merges_with_one_rounding(case: Case)
         site: Any = model.get_submodule(path)
         if type(adapter) is LowRankConv and site.groups > 1:
             return
-        exact |= {f"{path}.{k}": v.to(torch.bfloat16) for k, v in adapter.merged(site).items() if site._parameters.get(k) is not None}
+        merged = {k: v for k, v in adapter.merged(site).items() if site._parameters.get(k) is not None or v.any()}
+        exact |= {f"{path}.{k}": v.to(torch.bfloat16) for k, v in merged.items()}
     state = weft.merge(model, untie=True).state_dict()
     assert exact and all(torch.equal(state[k], v) for k, v in exact.items())
     assert (case(model) - y).norm() < 0.1 * y.norm()

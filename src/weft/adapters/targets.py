@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from difflib import get_close_matches
-from fnmatch import fnmatchcase
 
 from torch import nn
 
-from weft.core import Method, WeftError, base_class, is_linear, modules
+from weft.core import Method, WeftError, base_class, is_linear, matcher, modules, several
 
 HEADS = ("score", "classifier")  # the task heads of transformers' classifiers, which have no get_output_embeddings()
 
@@ -28,34 +26,24 @@ def find(model: nn.Module, method: Method, strict: bool = True) -> dict[str, nn.
     head = _heads(model, everything)
     chosen: set[str] = set()
     wrong: list[str] = []
-    for target in _several(method.targets):
+    for target in several(method.targets):
         if target in ("all-linear", "all"):
             hits = {p for p, m in able.items() if target == "all" or (is_linear(m) and p not in head)}
+        elif target == "auto":
+            hits = set(method.auto(able, head))
         else:
             hits = {p for p in able if matcher(target)(p)}
             if not hits and strict:
                 wrong.append(_why(target, everything, able, method))
         chosen |= hits
-    out = [e for e in _several(method.exclude) if not any(matcher(e)(p) for p in everything)] if strict else []
+    out = [e for e in several(method.exclude) if not any(matcher(e)(p) for p in everything)] if strict else []
     wrong += [f"exclude={e!r} matches no module" for e in out]
-    chosen -= {p for p in chosen if any(matcher(e)(p) for e in _several(method.exclude))}
+    chosen -= {p for p in chosen if any(matcher(e)(p) for e in several(method.exclude))}
     if wrong or not chosen:
-        what = "\n  ".join(wrong) or f"targets={method.targets!r} with exclude={method.exclude!r} leaves no layer to adapt"
+        left = f"targets={method.targets!r} with exclude={method.exclude!r} leaves no layer to adapt"
+        what = "\n  ".join(wrong) or (left if able else f"this model has nothing that {type(method).__name__} can adapt")
         raise WeftError(f"{what}\n{type(method).__name__} can adapt {method.site}. In this model: {listing(able)}")
     return {path: m for path, m in able.items() if path in chosen}
-
-
-def matcher(target: str) -> Callable[[str], bool]:
-    """Whether a path is meant by a target: a path or its end, a glob for either, or "re:" and a regular expression for the whole path."""
-    if target.startswith("re:"):
-        try:
-            pattern = re.compile(target[3:])
-        except re.error as e:
-            raise WeftError(f"{target!r} is no regular expression: {e}") from None
-        return lambda path: pattern.fullmatch(path) is not None
-    if any(c in target for c in "*?["):
-        return lambda path: fnmatchcase(path, target) or fnmatchcase(path, f"*.{target}")
-    return lambda path: path == target or path.endswith(f".{target}")
 
 
 def listing(found: Mapping[str, nn.Module], most: int = 20) -> str:
@@ -65,10 +53,6 @@ def listing(found: Mapping[str, nn.Module], most: int = 20) -> str:
         return "nothing"
     names = [f"{name} ({kind}{f' × {n}' if n > 1 else ''})" for (name, kind), n in kinds.items()]
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
-
-
-def _several(given: str | tuple[str, ...]) -> tuple[str, ...]:
-    return (given,) if isinstance(given, str) else given
 
 
 def _heads(model: nn.Module, everything: Mapping[str, nn.Module]) -> set[str]:

@@ -4,6 +4,7 @@ from weft.core.adapter import Adapter, Mixture
 from weft.core.errors import WeftError
 from weft.core.layers import features, is_conv, is_conv1d, is_linear
 from weft.core.method import METHODS, Method
+from weft.core.names import matcher, several
 from weft.core.replaced import Replaced
 from weft.core.site import (
     SLOT,
@@ -38,9 +39,11 @@ __all__ = [
     "is_conv",
     "is_conv1d",
     "is_linear",
+    "matcher",
     "modules",
     "open_site",
     "plain",
+    "several",
     "sites",
     "slot_of",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from typing import Any, ClassVar, Self
@@ -22,7 +22,8 @@ class Method(ABC):
     """Hyper-parameters of a PEFT method. A subclass is one file in methods/; defining it registers it.
 
     Args:
-        targets: Which layers to adapt: "all-linear" (every linear layer but the output head), or one or several of: a name
+        targets: Which layers to adapt: "all-linear" (every linear layer but the output head), "auto" (what the method's paper adapts,
+            for methods that know it), or one or several of: a name
             ("q_proj", "layers.0.mlp.up_proj": the path or its end), a glob ("*.layers.1?.*"), a regular expression ("re:.*(q|v)_proj").
         exclude: Layers to leave out, written like targets.
     """
@@ -47,6 +48,10 @@ class Method(ABC):
     @abstractmethod
     def accepts(self, layer: nn.Module) -> bool:
         """Whether this method can adapt such a layer."""
+
+    def auto(self, able: Mapping[str, nn.Module], heads: Collection[str]) -> Collection[str]:
+        """The paths that targets="auto" means, out of those that this method can adapt; `heads` are those of the output head."""
+        raise WeftError(f'{type(self).__name__} has no targets="auto": name the layers, or write "all-linear"')
 
     @abstractmethod
     def build(self, layer: Site, path: str) -> Adapter:

@@ -6,12 +6,12 @@ that reading and writing is naming.
 
 from __future__ import annotations
 
-from weft.adapters.formats import lora
+from weft.adapters.formats import ia3, ln_tuning, lora
 from weft.adapters.formats.base import OWN, PREFIX, Format, own_format, short_names
 from weft.core import METHODS, Adapter, Method, WeftError
 
 # A new family of methods: a file beside this one with NAMES and FORMATS, and its name here.
-FAMILIES = (lora,)
+FAMILIES = (lora, ia3, ln_tuning)
 NAMES: dict[type[Adapter], dict[str, str]] = {kind: names for family in FAMILIES for kind, names in family.NAMES.items()}
 FORMATS: dict[type[Method], Format] = {method: format for family in FAMILIES for method, format in family.FORMATS.items()}
 
