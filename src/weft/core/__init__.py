@@ -9,6 +9,7 @@ from weft.core.replaced import Replaced
 from weft.core.site import (
     SLOT,
     Around,
+    Front,
     Site,
     Slot,
     activate,
@@ -26,6 +27,7 @@ __all__ = [
     "SLOT",
     "Adapter",
     "Around",
+    "Front",
     "Method",
     "Mixture",
     "Replaced",

@@ -72,6 +72,18 @@ class Site:
         return _blank, (base_class(self),), self.__getstate__()
 
 
+class Front(nn.Module):
+    """A module that stands in front of another, at the other's place in the tree, and only adds names to it (the face of another library).
+
+    weft looks through it: `modules` and `sites` give `behind` at the front's own path.
+    """
+
+    @property
+    def behind(self) -> nn.Module:
+        """The module that this one stands in front of."""
+        raise NotImplementedError(f"{type(self).__name__} stands in front of nothing")
+
+
 class Around:
     """A layer as a further adapter sees it: its `frozen` already holds the adapters before it."""
 
@@ -175,7 +187,9 @@ def modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     stack: list[tuple[str, nn.Module]] = [("", model)]
     while stack:
         path, module = stack.pop()
-        if id(module) in seen or type(module) is Slot:
+        while isinstance(module, Front):
+            module = module.behind
+        if id(module) in seen or isinstance(module, Slot):
             continue
         seen.add(id(module))
         yield path, module

@@ -1,0 +1,148 @@
+"""The fronts of the methods beside LoRA, and which front a method's layer gets."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from torch import nn
+
+from weft.compat.peft import layers_lora
+from weft.compat.peft.kinds import PeftType
+from weft.compat.peft.layers import BaseTunerLayer
+from weft.compat.peft.views import Live
+from weft.core import Adapter, is_linear
+
+_PARAMETERS = nn.ParameterDict
+
+
+class IA3Layer(BaseTunerLayer):
+    """A layer with (IA)³ vectors."""
+
+    FAMILY: ClassVar[str] = "ia3"
+    adapter_layer_names: tuple[str, ...] = ("ia3_l",)
+    CONTAINERS: ClassVar[Mapping[str, type[nn.Module]]] = {"ia3_l": _PARAMETERS}
+
+    def __init__(self, base_layer: Any, **kwargs: Any) -> None:
+        super().__init__(base_layer, **kwargs)
+        self.is_feedforward = False
+
+    def _added(self, name: str, adapter: Adapter, config: Any) -> None:
+        vector: Any = self.ia3_l
+        self.is_feedforward = vector[name].shape[0] == 1
+
+
+class LycorisLayer(BaseTunerLayer):
+    """What LoHa's and LoKr's layers share."""
+
+    def __init__(self, base_layer: Any, **kwargs: Any) -> None:
+        super().__init__(base_layer, **kwargs)
+        self.r: dict[str, int] = {}
+        self.alpha: dict[str, float] = {}
+        self.rank_dropout: dict[str, float] = {}
+        self.module_dropout: dict[str, float] = {}
+
+    @property
+    def scaling(self) -> Live:
+        """By adapter, what its update is multiplied by."""
+        return Live(self.slot, "scale", self.names)
+
+    def _added(self, name: str, adapter: Adapter, config: Any) -> None:
+        self.r[name], self.alpha[name] = config.r, config.alpha
+        self.rank_dropout[name], self.module_dropout[name] = config.rank_dropout, config.module_dropout
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Scale an adapter's update by this factor over its own."""
+        if adapter in self.trains:
+            self.scaling[adapter] = scale * self.alpha[adapter] / self.r[adapter]
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiply the scale of the adapters that work."""
+        for name in self.active_adapters if scale != 1 else ():
+            if name in self.trains:
+                self.scaling[name] *= scale
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Undo `scale_layer`."""
+        for name in self.active_adapters:
+            if name in self.trains:
+                self.scaling[name] = self.alpha[name] / self.r[name] if scale is None else self.scaling[name] / scale
+
+
+class LoHaLayer(LycorisLayer):
+    """A layer with LoHa adapters."""
+
+    FAMILY: ClassVar[str] = "loha"
+    adapter_layer_names: tuple[str, ...] = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2")
+    CONTAINERS: ClassVar[Mapping[str, type[nn.Module]]] = dict.fromkeys(adapter_layer_names, _PARAMETERS)
+
+
+class LoKrLayer(LycorisLayer):
+    """A layer with LoKr adapters."""
+
+    FAMILY: ClassVar[str] = "lokr"
+    adapter_layer_names: tuple[str, ...] = (
+        "lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2",
+    )  # fmt: skip
+    CONTAINERS: ClassVar[Mapping[str, type[nn.Module]]] = dict.fromkeys(adapter_layer_names, _PARAMETERS)
+
+
+class OFTLayer(BaseTunerLayer):
+    """A layer with OFT adapters."""
+
+    FAMILY: ClassVar[str] = "oft"
+    adapter_layer_names: tuple[str, ...] = ("oft_R",)
+    CONTAINERS: ClassVar[Mapping[str, type[nn.Module]]] = {"oft_R": nn.ModuleDict}
+
+
+class VeraLayer(BaseTunerLayer):
+    """A layer with VeRA vectors."""
+
+    FAMILY: ClassVar[str] = "vera"
+    adapter_layer_names: tuple[str, ...] = ("vera_lambda_b", "vera_lambda_d")
+    CONTAINERS: ClassVar[Mapping[str, type[nn.Module]]] = {"vera_lambda_b": _PARAMETERS, "vera_lambda_d": _PARAMETERS}
+
+
+class LNTuningLayer(BaseTunerLayer):
+    """A norm with trained copies."""
+
+    FAMILY: ClassVar[str] = "ln_tuning"
+    adapter_layer_names: tuple[str, ...] = ("ln_tuning_layers",)
+    CONTAINERS: ClassVar[Mapping[str, type[nn.Module]]] = {"ln_tuning_layers": nn.ModuleDict}
+
+
+class TrainableTokensLayer(BaseTunerLayer):
+    """An embedding with trained rows."""
+
+    FAMILY: ClassVar[str] = "trainable_tokens"
+    adapter_layer_names: tuple[str, ...] = ("trainable_tokens_delta",)
+    CONTAINERS: ClassVar[Mapping[str, type[nn.Module]]] = {"trainable_tokens_delta": _PARAMETERS}
+
+
+LAYERS: dict[PeftType, type[BaseTunerLayer]] = {
+    PeftType.LORA: layers_lora.LoraLayer, PeftType.ADALORA: layers_lora.AdaLoraLayer, PeftType.IA3: IA3Layer, PeftType.LOHA: LoHaLayer,
+    PeftType.LOKR: LoKrLayer, PeftType.OFT: OFTLayer, PeftType.VERA: VeraLayer, PeftType.LN_TUNING: LNTuningLayer,
+    PeftType.TRAINABLE_TOKENS: TrainableTokensLayer,
+}  # fmt: skip
+_MADE: dict[tuple[type, str], type[BaseTunerLayer]] = {}
+
+
+def front_class(kind: PeftType, base: Any) -> type[BaseTunerLayer]:
+    """The class of the front for a layer: `Linear`, `Conv2d`, ... of the method's family, which is importable under peft's path."""
+    family = LAYERS[kind]
+    if kind == PeftType.LORA:
+        return layers_lora.dispatch(base)
+    if kind == PeftType.ADALORA:
+        return layers_lora.SVDLinear
+    if kind in (PeftType.LN_TUNING, PeftType.TRAINABLE_TOKENS):
+        return family
+    name = "Linear" if is_linear(base) else next(c.__name__ for c in type(base).__mro__ if c.__module__.startswith("torch.nn"))
+    return named(family, name)
+
+
+def named(family: type[BaseTunerLayer], name: str) -> type[BaseTunerLayer]:
+    """The class `name` of a family; one and the same each time."""
+    if (family, name) not in _MADE:
+        made = type(f"{family.__name__}{name}", (family,), {"shown": name, "__module__": __name__, "__doc__": family.__doc__})
+        _MADE[family, name] = globals()[made.__name__] = made
+    return _MADE[family, name]

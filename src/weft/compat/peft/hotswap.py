@@ -1,0 +1,93 @@
+"""Putting another adapter's weights where one is, without building it anew (a compiled model stays compiled)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from weft.compat.peft.config import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig
+from weft.compat.peft.kinds import PeftType
+from weft.compat.peft.layers_lora import LoraLayer
+from weft.compat.peft.state import live_names, load_peft_weights
+from weft.compat.peft.targets import get_pattern_key
+
+
+def hotswap_adapter(model: Any, model_name_or_path: str, adapter_name: str, torch_device: str | None = None, **kwargs: Any) -> None:
+    """Replace the weights and scales of an adapter by those of a saved one.
+
+    Raises ValueError for another method, or for layers that the adapter on the model does not have. Ranks may differ.
+    """
+    config = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(PeftConfig._get_peft_type(model_name_or_path, **kwargs))].from_pretrained(
+        model_name_or_path, **kwargs
+    )
+    current = model.peft_config[adapter_name]
+    if config.peft_type != PeftType.LORA or current.peft_type != PeftType.LORA:
+        raise ValueError(f"Hotswapping only works for LoRA but got {config.peft_type} and {current.peft_type}.")
+    for field in ("use_rslora", "lora_dropout", "alpha_pattern", "use_dora"):
+        ours, theirs = getattr(current, field), getattr(config, field)
+        if ours != theirs and field in ("use_rslora", "use_dora"):
+            raise ValueError(f"Configs are incompatible: for {field}, {ours} != {theirs}")
+    hotswap_adapter_from_state_dict(model, load_peft_weights(model_name_or_path, device=torch_device, **kwargs), adapter_name, config)
+
+
+def hotswap_adapter_from_state_dict(
+    model: nn.Module, state_dict: dict[str, torch.Tensor], adapter_name: str, config: Any, parameter_prefix: str = "lora_"
+) -> None:
+    """As `hotswap_adapter`, with the tensors at hand. Layers that the new adapter does not have are left without an update."""
+    names = live_names(model, adapter_name, model.state_dict())
+    extra = sorted(set(state_dict) - set(names))
+    if extra:
+        raise RuntimeError(f"Hot swapping the adapter did not succeed, unexpected keys found: {', '.join(extra)}.")
+    live = {live: state_dict.get(file) for file, live in names.items()}
+    for path, module in model.named_modules():
+        if not isinstance(module, LoraLayer) or adapter_name not in module.trains:
+            continue
+        adapter: Any = module.slot[adapter_name]
+        inner = path.removeprefix("base_model.model.")
+        for child, container in module.named_children():
+            key = f"{path}.{child}.{adapter_name}" if path else f"{child}.{adapter_name}"
+            for full in (key, f"{key}.weight", f"{key}.bias"):
+                if full in live:
+                    _write(container, adapter_name, full[len(key) :].lstrip("."), live[full])
+        rank = config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), inner), config.r)
+        alpha = config.alpha_pattern.get(get_pattern_key(list(config.alpha_pattern), inner), config.lora_alpha)
+        adapter.scale = alpha / (rank**0.5 if config.use_rslora else rank)
+        module.lora_alpha[adapter_name] = alpha
+
+
+def _write(container: Any, name: str, inner: str, value: torch.Tensor | None) -> None:
+    holder = container[name] if inner else container
+    key = inner or name
+    old = holder._parameters[key]
+    if value is None:
+        old.data.zero_()
+    elif old.shape == value.shape:
+        old.data.copy_(value)
+    elif all(a >= b for a, b in zip(old.shape, value.shape, strict=True)):  # room that was made for higher ranks
+        old.data.zero_()
+        old.data[tuple(slice(0, s) for s in value.shape)].copy_(value)
+    else:
+        holder._parameters[key] = nn.Parameter(value.to(old.device, old.dtype), requires_grad=old.requires_grad)
+
+
+def prepare_model_for_compiled_hotswap(
+    model: nn.Module, *, target_rank: int | None = None, config: Any = None, check_compiled: str = "error"
+) -> None:
+    """Make room for ranks up to `target_rank`, with zeros that change nothing, so that a compiled model keeps its shapes."""
+    if hasattr(model, "_orig_mod") and check_compiled == "error":
+        raise ValueError("Call prepare_model_for_compiled_hotswap *before* compiling the model")
+    for module in model.modules():
+        for name in module.names if isinstance(module, LoraLayer) and target_rank else ():
+            adapter: Any = module.slot[name]
+            for key, dim in (("A", 0), ("B", 1)):
+                p = getattr(adapter, key)
+                if p.shape[dim] > target_rank:  # type: ignore[operator]
+                    raise ValueError(
+                        f"Trying to pad the adapter to the target rank {target_rank}, but the original rank is larger ({p.shape[dim]})."
+                    )
+                shape = [target_rank if i == dim else s for i, s in enumerate(p.shape)]
+                wide = p.new_zeros(shape)
+                wide[tuple(slice(0, s) for s in p.shape)] = p.data
+                adapter._parameters[key] = nn.Parameter(wide, requires_grad=p.requires_grad)

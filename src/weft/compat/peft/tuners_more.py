@@ -1,0 +1,77 @@
+"""`base_model` for the methods beside LoRA."""
+
+from __future__ import annotations
+
+from weft.compat.peft import families, layers_lora
+from weft.compat.peft.kinds import PeftType
+from weft.compat.peft.tuner import BaseTuner, LoraModel
+
+
+class AdaLoraModel(LoraModel):
+    """AdaLoRA on a model."""
+
+    tuner_layer_cls = layers_lora.AdaLoraLayer
+    KIND = PeftType.ADALORA
+
+
+class IA3Model(BaseTuner):
+    """(IA)³ on a model."""
+
+    prefix = "ia3_"
+    tuner_layer_cls = families.IA3Layer
+    KIND = PeftType.IA3
+
+
+class LoHaModel(BaseTuner):
+    """LoHa on a model."""
+
+    prefix = "hada_"
+    tuner_layer_cls = families.LoHaLayer
+    KIND = PeftType.LOHA
+
+
+class LoKrModel(BaseTuner):
+    """LoKr on a model."""
+
+    prefix = "lokr_"
+    tuner_layer_cls = families.LoKrLayer
+    KIND = PeftType.LOKR
+
+
+class OFTModel(BaseTuner):
+    """OFT on a model."""
+
+    prefix = "oft_"
+    tuner_layer_cls = families.OFTLayer
+    KIND = PeftType.OFT
+
+
+class VeraModel(BaseTuner):
+    """VeRA on a model."""
+
+    prefix = "vera_lambda_"
+    tuner_layer_cls = families.VeraLayer
+    uses_shared_state = True
+    KIND = PeftType.VERA
+
+
+class LNTuningModel(BaseTuner):
+    """LayerNorm tuning on a model."""
+
+    prefix = "ln_tuning_"
+    tuner_layer_cls = families.LNTuningLayer
+    KIND = PeftType.LN_TUNING
+
+
+class TrainableTokensModel(BaseTuner):
+    """Trainable tokens on a model."""
+
+    prefix = "trainable_tokens_"
+    tuner_layer_cls = families.TrainableTokensLayer
+    KIND = PeftType.TRAINABLE_TOKENS
+
+
+TUNERS: dict[PeftType, type[BaseTuner]] = {
+    t.KIND: t for t in (LoraModel, AdaLoraModel, IA3Model, LoHaModel, LoKrModel, OFTModel, VeraModel, LNTuningModel, TrainableTokensModel)
+}
+PREFIXES = {kind: tuner.prefix for kind, tuner in TUNERS.items()}

@@ -1,0 +1,62 @@
+"""The same script with peft and with weft's face of it: what a user sees is the same."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+
+import weft.compat.peft as face
+from tests.compat.stories import STORIES, logits
+from tests.conftest import llama
+
+
+def same(a: Any, b: Any, where: str) -> None:
+    if isinstance(a, torch.Tensor):
+        assert a.dtype == b.dtype and a.shape == b.shape, where
+        assert torch.allclose(a, b, rtol=1e-4, atol=2e-5), f"{where}: {(a.float() - b.float()).abs().max()}"
+    elif isinstance(a, dict):
+        assert list(a) == list(b) or set(a) == set(b), f"{where}: {sorted(map(str, set(a) ^ set(b)))}"
+        for key in a:
+            same(a[key], b[key], f"{where}.{key}")
+    elif isinstance(a, list | tuple) and len(a) == len(b) and any(isinstance(x, torch.Tensor | dict | list | tuple) for x in a):
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            same(x, y, f"{where}[{i}]")
+    elif isinstance(a, float):
+        assert a == pytest.approx(b), where
+    else:
+        assert a == b, f"{where}:\n  peft {a}\n  weft {b}"
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("story", STORIES)
+def test_a_script_tells_the_same(story: str, tmp_path: Path) -> None:
+    theirs = STORIES[story](peft, llama(), tmp_path / "peft")
+    ours = STORIES[story](face, llama(), tmp_path / "weft")
+    if "config" in theirs:
+        for one in (theirs, ours):
+            one["config"]["target_modules"] = str(one["config"]["target_modules"])
+    same(theirs, ours, story)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("story", ["trains_and_saves", "whole_modules", "several"])
+def test_each_reads_what_the_other_wrote(story: str, tmp_path: Path) -> None:
+    STORIES[story](face, llama(), tmp_path / "weft")
+    STORIES[story](peft, llama(), tmp_path / "peft")
+    read = [package.PeftModel.from_pretrained(llama(), tmp_path / folder) for package in (peft, face) for folder in ("weft", "peft")]
+    for model in read[1:]:
+        same(logits(read[0]), logits(model), story)
+    assert not any(p.requires_grad for p in read[2].parameters())
+
+
+def test_every_name_of_peft_can_be_imported() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert [name for name in peft.__all__ if not hasattr(face, name)] == []
+    with pytest.raises(ValueError, match="weft does not have this of peft"):
+        face.XLoraConfig()
