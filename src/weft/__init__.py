@@ -17,6 +17,7 @@ _HOME = {
     "Adapter": "weft.core",
     "Method": "weft.core",
     "Site": "weft.core",
+    "DoRA": "weft.methods",
     "LoRA": "weft.methods",
     "BitFit": "weft.methods",
     "IA3": "weft.methods",
@@ -42,7 +43,7 @@ __all__ = [*sorted(_HOME), "__version__"]
 if TYPE_CHECKING:
     from weft.adapters import adapt, load, merge, remove, rows, save, summary, unmerge, use, using
     from weft.core import Adapter, Method, Site, WeftError
-    from weft.methods import IA3, BitFit, Full, LNTuning, LoRA
+    from weft.methods import IA3, BitFit, DoRA, Full, LNTuning, LoRA
     from weft.models import load_base, load_tokenizer
     from weft.train import Recipe, fit
 

@@ -32,6 +32,18 @@ pytestmark = [
     )
 ]
 
+
+class Convolutions(nn.Module):
+    """Plain convolutions: peft drops dilation and padding modes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 5, 3, stride=2, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.two(torch.relu(self.one(x)))
+
+
 KINDS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
     "linear": (llama, dict(r=4, lora_alpha=6, target_modules=["q_proj", "down_proj"])),
     "all-linear": (llama, dict(target_modules="all-linear", lora_dropout=0.1)),
@@ -51,13 +63,17 @@ KINDS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
     "conv1d": (gpt2, dict(r=4, target_modules=["c_attn", "c_proj"], fan_in_fan_out=True)),
     "wte": (gpt2, dict(r=4, target_modules=["wpe"])),
     "conv2d": (ConvNet, dict(r=4, target_modules=["out", "third"])),
+    "dora": (llama, dict(r=4, lora_alpha=6, target_modules="all-linear", use_dora=True)),
+    "dora-conv1d": (gpt2, dict(r=4, target_modules=["c_attn", "c_proj", "wpe"], use_dora=True, fan_in_fan_out=True, bias="lora_only")),
+    "dora-plain": (Plain, dict(r=4, target_modules=["up", "down", "embed"], use_dora=True, use_rslora=True)),
+    "dora-conv2d": (Convolutions, dict(r=4, target_modules=["one", "two"], use_dora=True)),
     "plain-linear": (Plain, dict(r=4, target_modules=["up", "down", "embed"], bias="all")),
 }  # fmt: skip
 
 
 def _inputs(model: nn.Module) -> Tensor:
     torch.manual_seed(5)
-    return torch.randn(3, 3, 8, 8) if isinstance(model, ConvNet) else torch.randint(3, 40, (3, 9))
+    return torch.randn(3, 3, 8, 8) if isinstance(model, ConvNet | Convolutions) else torch.randint(3, 40, (3, 9))
 
 
 def _out(model: nn.Module, x: Tensor) -> Tensor:

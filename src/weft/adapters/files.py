@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import struct
+import warnings
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -16,7 +17,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from weft.adapters.attach import attach, attached, build, check_new, device_of, names
-from weft.adapters.formats import PREFIX, format_named, format_of, key
+from weft.adapters.formats import PREFIX, format_for, format_of, key, unknown
 from weft.core import Adapter, WeftError, base_class, modules
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -53,7 +54,7 @@ def save(model: nn.Module, folder: str | os.PathLike[str], name: str | None = No
     config: dict[str, Any] = {
         "auto_mapping": None, "base_model_name_or_path": _origin(model), "inference_mode": True, "peft_type": format.peft_type,
         "revision": None, "task_type": _task(model),
-    } | format.write(method, model, adapters)  # fmt: skip
+    } | format.write(method, model, adapters) | next(iter(adapters.values())).__dict__.get("unknown", {})  # fmt: skip
     if config["task_type"] is None:
         config["auto_mapping"] = {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
     target = Path(folder)
@@ -87,7 +88,8 @@ def load(model: Model, folder: str | os.PathLike[str], name: str = "default") ->
     config = read_config(source)
     path = weights_file(source)
     try:
-        method = format_named(config["peft_type"]).read(config)
+        format = format_for(config)
+        method = format.read(config)
         with torch.device("meta"):
             built = build(model, method, strict=False)
     except WeftError as e:
@@ -104,6 +106,12 @@ def load(model: Model, folder: str | os.PathLike[str], name: str = "default") ->
                 made[id(empty)] = nn.Parameter(value.to(place[where], torch.promote_types(value.dtype, torch.float32)))
                 made[id(empty)].requires_grad_(empty.requires_grad)
             adapter._parameters[parameter] = made[id(empty)]
+    if strange := unknown(config, format.fields):  # plain attributes, which `save` writes back
+        for adapter in built.values():
+            adapter.__dict__["unknown"] = strange
+        said = ", ".join(f"{k}={v!r}" for k, v in strange.items())
+        warnings.warn(f"{source / CONFIG} has fields that this version of weft does not know: {said}. They are kept, and have no effect "
+                      "here: if they change what is computed, this is not the adapter that was trained", stacklevel=2)  # fmt: skip
     attach(model, built, name)
     return model
 

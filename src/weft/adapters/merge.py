@@ -61,8 +61,7 @@ def unmerge(model: Model) -> Model:
 def _fold(site: Site, chosen: Sequence[str], tied: dict[int, nn.Parameter], keep: bool) -> None:
     module, slot, before = cast(nn.Module, site), slot_of(site), site.active
     kept: dict[str, nn.Parameter | None] = {}
-    if keep:  # otherwise each old weight is gone before the next new one is made
-        site.__dict__["kept"], site.__dict__["kept_for"] = kept, before
+    site.__dict__["kept"], site.__dict__["kept_for"] = kept, before  # `unmerged` gives the base from it, also to the adapters being folded
     for name in chosen:
         if name not in slot:
             continue
@@ -76,6 +75,8 @@ def _fold(site: Site, chosen: Sequence[str], tied: dict[int, nn.Parameter], keep
             new = nn.Parameter(value.to(like.dtype, copy=source is not None), requires_grad=False)
             module._parameters[key] = new if source is None else tied.setdefault(id(source), new)
     activate(site, tuple(n for n in before if n not in chosen))
+    if not keep:  # each old weight is gone before the next new one is made
+        del site.__dict__["kept"], site.__dict__["kept_for"]
 
 
 def _check(model: nn.Module, here: dict[str, Site], chosen: Sequence[str], untie: bool) -> None:

@@ -20,6 +20,7 @@ from weft.core.site import (
     plain,
     sites,
     slot_of,
+    unmerged,
 )
 
 __all__ = [
@@ -48,4 +49,5 @@ __all__ = [
     "several",
     "sites",
     "slot_of",
+    "unmerged",
 ]

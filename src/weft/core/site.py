@@ -104,6 +104,17 @@ def plain(layer: Site | Around) -> Any:
     return layer
 
 
+def unmerged(layer: Site | Around) -> Any:
+    """The module with the base's own parameters: itself, or a twin of it while adapters are merged into it."""
+    module = plain(layer)
+    kept = module.__dict__.get("kept")
+    if not kept:
+        return module
+    twin: Any = object.__new__(type(module))
+    twin.__dict__ = module.__dict__ | {"_parameters": module._parameters | kept}
+    return twin
+
+
 class Chain:
     """Several active adapters: each stands around the last."""
 

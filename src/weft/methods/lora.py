@@ -13,63 +13,13 @@ from dataclasses import dataclass, field
 from math import sqrt
 from typing import Any, ClassVar, Literal
 
-import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from weft.core import Adapter, Around, Method, Mixture, Site, WeftError, features, is_conv, is_conv1d, is_linear, plain
-from weft.kernels.low_rank import low_rank_add
-from weft.methods.lora_layers import LowRankConv, LowRankEmbedding, stacked
-from weft.quant import dense
+from weft.core import Adapter, Method, Site, WeftError, is_conv, is_linear
+from weft.methods.lora_layers import LowRankConv, LowRankEmbedding
+from weft.methods.lora_linear import Factors, LowRank
 
-
-class LowRank(Adapter):
-    """The update of a linear layer."""
-
-    def __init__(self, method: LoRA, layer: Site, rank: int, scale: float) -> None:
-        super().__init__()
-        inside, outside = features(layer)
-        self.scale, self.dropout = scale, method.dropout
-        self.A = method.first(torch.empty(rank, inside))
-        self.B = nn.Parameter(torch.zeros(outside, rank))
-        self.b = nn.Parameter(torch.zeros(outside)) if method.lora_bias else None
-        own: Tensor | None = getattr(layer, "bias", None) if method.bias != "none" else None
-        self.bias = None if own is None else nn.Parameter(own.detach().to("cpu" if not own.is_meta else "meta", torch.float32, copy=True))
-
-    def forward(self, layer: Site | Around, x: Tensor) -> Tensor:
-        y: Tensor = layer.frozen(x)
-        if self.training and self.dropout:
-            x = F.dropout(x, self.dropout)
-        y = low_rank_add(y, x, self.A, self.B, self.scale)
-        if self.b is not None:
-            y = y + (self.scale * self.b).to(y.dtype)
-        if self.bias is not None:
-            y = y + (self.bias - plain(layer).bias).to(y.dtype)
-        return y
-
-    def merged(self, layer: Site | Around) -> dict[str, Tensor]:
-        module: Any = plain(layer)
-        W, A, B = dense(module).float(), self.A.detach(), self.B.detach()
-        new = {"weight": torch.addmm(W, A.T, B.T, alpha=self.scale) if is_conv1d(module) else torch.addmm(W, B, A, alpha=self.scale)}
-        if self.b is not None or self.bias is not None:
-            bias = self.bias if self.bias is not None else module.bias.float() if module.bias is not None else torch.zeros_like(B[:, 0])
-            new["bias"] = (bias + self.scale * self.b if self.b is not None else bias).detach()
-        return new
-
-    @classmethod
-    def mixed(cls, mixture: Mixture, layer: Site, *inputs: Any, **kwargs: Any) -> Any:
-        """One batched product for all rows: row i meets its own A and B, padded with zeros to the largest rank."""
-        if not mixture.cache.setdefault("alike", all(map(_only_factors, mixture.adapters))):
-            return super().mixed(mixture, layer, *inputs, **kwargs)
-        (x,) = inputs
-        rows, y = mixture.owners(x), layer.frozen(x)
-        A, B = stacked(mixture, rows, y.dtype)
-        S = torch.bmm(x.reshape(len(rows), -1, x.shape[-1]).to(y.dtype), A)
-        return torch.baddbmm(y.view(len(rows), -1, y.shape[-1]), S, B).view(y.shape)
-
-
-def _only_factors(adapter: Any) -> bool:
-    return adapter.b is None and adapter.bias is None and not adapter.dropout
+__all__ = ["LoRA", "LowRank"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +60,7 @@ class LoRA(Method):
         if not 0 <= self.dropout < 1:
             wrong.append(f"a dropout of {self.dropout}: a probability is at least 0 and below 1")
         if wrong:
-            raise WeftError("LoRA cannot be built with " + "; nor with ".join(wrong))
+            raise WeftError(f"{type(self).__name__} cannot be built with " + "; nor with ".join(wrong))
 
     def __hash__(self) -> int:
         return hash(str(self.to_dict()))
@@ -131,9 +81,12 @@ class LoRA(Method):
             return nn.Parameter(nn.init.normal_(A, std=1 / A.shape[0]))
         return nn.Parameter(nn.init.kaiming_uniform_(A, a=sqrt(5)))
 
+    def kind(self, layer: object) -> type[Factors]:
+        """The adapter's class for such a layer."""
+        return LowRankEmbedding if isinstance(layer, nn.Embedding) else LowRankConv if is_conv(layer) else LowRank
+
     def build(self, layer: Site, path: str) -> Adapter:
-        kind = LowRankEmbedding if isinstance(layer, nn.Embedding) else LowRankConv if is_conv(layer) else LowRank
-        return kind(self, layer, *self.scaled(path))
+        return self.kind(layer)(self, layer, *self.scaled(path))
 
     def also(self, modules: Mapping[str, nn.Module], targets: Mapping[str, nn.Module]) -> dict[str, tuple[str, ...]]:
         if self.bias != "all":

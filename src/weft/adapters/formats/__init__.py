@@ -6,8 +6,11 @@ that reading and writing is naming.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from weft.adapters.formats import ia3, ln_tuning, lora
-from weft.adapters.formats.base import OWN, PREFIX, Format, own_format, short_names
+from weft.adapters.formats.base import OWN, PREFIX, Field, Format, own_format, short_names, unknown
 from weft.core import METHODS, Adapter, Method, WeftError
 
 # A new family of methods: a file beside this one with NAMES and FORMATS, and its name here.
@@ -15,7 +18,7 @@ FAMILIES = (lora, ia3, ln_tuning)
 NAMES: dict[type[Adapter], dict[str, str]] = {kind: names for family in FAMILIES for kind, names in family.NAMES.items()}
 FORMATS: dict[type[Method], Format] = {method: format for family in FAMILIES for method, format in family.FORMATS.items()}
 
-__all__ = ["FORMATS", "NAMES", "OWN", "PREFIX", "Format", "format_named", "format_of", "key", "short_names"]
+__all__ = ["FORMATS", "NAMES", "OWN", "PREFIX", "Field", "Format", "format_for", "format_of", "key", "short_names", "unknown"]
 
 
 def key(path: str, adapter: Adapter, parameter: str) -> str:
@@ -29,9 +32,10 @@ def format_of(method: type[Method]) -> Format:
     return FORMATS.get(method) or own_format(method)
 
 
-def format_named(peft_type: str) -> Format:
-    """How to read a configuration of this type. Raises WeftError for a type that weft does not have."""
-    known = {f.peft_type: f for f in map(format_of, METHODS.values())}
-    if peft_type not in known:
-        raise WeftError(f"weft does not have the method {peft_type!r}; it has {', '.join(sorted(known))}")
-    return known[peft_type]
+def format_for(config: Mapping[str, Any]) -> Format:
+    """How to read this configuration. Raises WeftError for a type that weft does not have."""
+    known = [f for f in map(format_of, METHODS.values()) if f.peft_type == config["peft_type"]]
+    if not known:
+        have = sorted({f.peft_type for f in map(format_of, METHODS.values()) if not f.peft_type.startswith(OWN)})
+        raise WeftError(f"weft does not have the method {config['peft_type']!r}; of peft's it has {', '.join(have)}")
+    return next((f for f in known if f.claims(config)), known[0])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
@@ -21,6 +21,66 @@ class Format:
     peft_type: str
     write: Callable[[Any, nn.Module, Mapping[str, Adapter]], dict[str, Any]]
     read: Callable[[Mapping[str, Any]], Method]
+    fields: Mapping[str, Field] = field(default_factory=dict)  # what weft does with each field of peft's configuration
+    claims: Callable[[Mapping[str, Any]], bool] = lambda config: True  # which configurations of this type are meant: LORA is several
+
+
+@dataclass(frozen=True)
+class Field:
+    """What becomes of one field of a configuration.
+
+    Args:
+        weft: The hyper-parameter that holds it.
+        why: If there is none: why it may be passed over, or why a value other than `neutral` is refused.
+        neutral: The value with which it changes nothing.
+        refused: Whether other values are refused. (They also pass if they are None, False or empty.)
+    """
+
+    weft: str = ""
+    why: str = ""
+    neutral: Any = None
+    refused: bool = False
+
+
+COMMON: dict[str, Field] = {
+    "peft_type": Field("the method"),
+    "task_type": Field(why="written from the model's class, and compared with it when a file is loaded"),
+    "target_modules": Field("targets"),
+    "exclude_modules": Field("exclude"),
+    "inference_mode": Field(why="an adapter that is loaded can be trained on"),
+    "base_model_name_or_path": Field(why="written from the model; the caller says which base is used"),
+    "revision": Field(why="belongs to base_model_name_or_path"),
+    "auto_mapping": Field(why="written from the model's class where it has no task type"),
+    "peft_version": Field(why="says who wrote the file"),
+    "runtime_config": Field(why="about peft's own running, never about numbers"),
+}
+
+
+def checked(config: Mapping[str, Any], fields: Mapping[str, Field], what: str) -> None:
+    """Raise WeftError with every field that holds what weft does not compute."""
+    wrong = [
+        f"{name}={config[name]!r}: {f.why}"
+        for name, f in fields.items()
+        if f.refused and config.get(name, f.neutral) not in (f.neutral, None, False) and config[name] not in ([], {})
+    ]
+    if wrong:
+        raise WeftError(f"this {what} uses what weft does not compute:\n  " + "\n  ".join(wrong))
+
+
+def unknown(config: Mapping[str, Any], fields: Mapping[str, Field]) -> dict[str, Any]:
+    """The fields that this version does not know and that say something: those of a newer peft. They are kept, and written back."""
+    return {k: v for k, v in config.items() if fields and k not in fields and v not in (None, False, [], {})}
+
+
+def targets_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """target_modules and exclude_modules in weft's words. Raises WeftError if there is none."""
+    given, exclude = config.get("target_modules"), config.get("exclude_modules") or ()
+    if not given:
+        raise WeftError("adapter_config.json names no target_modules")
+    return {
+        "targets": given if given == "all-linear" else f"re:{given}" if isinstance(given, str) else tuple(sorted(given)),
+        "exclude": f"re:{exclude}" if isinstance(exclude, str) else tuple(sorted(exclude)),
+    }
 
 
 def own_format(method: type[Method]) -> Format:

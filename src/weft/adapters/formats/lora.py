@@ -9,9 +9,10 @@ from typing import Any
 
 from torch import nn
 
-from weft.adapters.formats.base import Format, short_names, whole
-from weft.core import Adapter, Method, Replaced, WeftError
-from weft.methods import LoRA
+from weft.adapters.formats.base import COMMON, Field, Format, checked, short_names, targets_of, whole
+from weft.core import Adapter, Method, Replaced
+from weft.methods import DoRA, LoRA
+from weft.methods.dora import DecomposedConv, DecomposedEmbedding, DecomposedLinear
 from weft.methods.lora import LowRank
 from weft.methods.lora_layers import LowRankConv, LowRankEmbedding
 
@@ -21,20 +22,46 @@ NAMES: dict[type[Adapter], dict[str, str]] = {
     LowRankConv: {"A": "lora_A.weight", "B": "lora_B.weight", "bias": "base_layer.bias"},
     LowRankEmbedding: {"A": "lora_embedding_A", "B": "lora_embedding_B"},
 }
+for _kind, _base in ((DecomposedLinear, LowRank), (DecomposedConv, LowRankConv), (DecomposedEmbedding, LowRankEmbedding)):
+    NAMES[_kind] = NAMES[_base] | {"m": "lora_magnitude_vector"}
 
-# Fields of peft's LoraConfig that change what is computed and that weft does not have: refused unless they hold this value.
-_NEUTRAL: dict[str, Any] = {
-    "use_dora": False, "modules_to_save": None, "layers_to_transform": None, "layers_pattern": None, "target_parameters": None,
-    "trainable_token_indices": None, "layer_replication": None, "alora_invocation_tokens": None, "use_qalora": False,
-    "use_bdlora": None, "arrow_config": None, "monteclora_config": None, "kasa_config": None, "velora_config": None,
-}  # fmt: skip
-_HARMLESS = {  # about how training began, or about other software: nothing that a trained adapter computes
-    "init_lora_weights", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "megatron_config", "megatron_core",
-    "qalora_group_size", "ensure_weight_tying", "auto_mapping", "base_model_name_or_path", "inference_mode", "peft_type", "peft_version",
-    "revision", "task_type", "fan_in_fan_out", "runtime_config",
-}  # fmt: skip
-_READ = {"r", "lora_alpha", "lora_dropout", "use_rslora", "bias", "lora_bias", "target_modules", "exclude_modules",
-         "rank_pattern", "alpha_pattern"}  # fmt: skip
+_START = "about how training began: nothing that a trained adapter computes"
+_ELSE = "a variant of LoRA that weft does not have"
+
+FIELDS: dict[str, Field] = COMMON | {
+    "r": Field("rank"),
+    "lora_alpha": Field("alpha"),
+    "lora_dropout": Field("dropout"),
+    "use_rslora": Field("rslora"),
+    "use_dora": Field("the method: weft.DoRA"),
+    "bias": Field("bias"),
+    "lora_bias": Field("lora_bias"),
+    "rank_pattern": Field("rank_pattern"),
+    "alpha_pattern": Field("alpha_pattern"),
+    "init_lora_weights": Field("init", why=_START),
+    "fan_in_fan_out": Field(why="weft sees from the layer how its weight lies"),
+    "modules_to_save": Field(why="not yet", refused=True),
+    "layers_to_transform": Field(why="not yet", refused=True),
+    "layers_pattern": Field(why="not yet", refused=True),
+    "target_parameters": Field(why="not yet", refused=True),
+    "trainable_token_indices": Field(why="not yet", refused=True),
+    "alora_invocation_tokens": Field(why="not yet", refused=True),
+    "layer_replication": Field(why="it builds another model out of repeated layers; build that model first", refused=True),
+    "use_qalora": Field(why=_ELSE, refused=True, neutral=False),
+    "qalora_group_size": Field(why="belongs to use_qalora"),
+    "use_bdlora": Field(why=_ELSE, refused=True),
+    "arrow_config": Field(why=_ELSE, refused=True),
+    "monteclora_config": Field(why=_ELSE, refused=True),
+    "kasa_config": Field(why=_ELSE, refused=True),
+    "velora_config": Field(why=_ELSE, refused=True),
+    "ensure_weight_tying": Field(why="tensors that the model ties are tied here, and stored as the file says"),
+    "loftq_config": Field(why=_START),
+    "eva_config": Field(why=_START),
+    "corda_config": Field(why=_START),
+    "lora_ga_config": Field(why=_START),
+    "megatron_config": Field(why="about other software"),
+    "megatron_core": Field(why="about other software"),
+}
 
 
 def _write_lora(method: LoRA, model: nn.Module, adapters: Mapping[str, Adapter]) -> dict[str, Any]:
@@ -42,9 +69,9 @@ def _write_lora(method: LoRA, model: nn.Module, adapters: Mapping[str, Adapter])
     ranks, alphas = _patterns(method, low_rank)
     return {
         "r": method.rank, "lora_alpha": whole(method.alpha), "lora_dropout": method.dropout, "use_rslora": method.rslora,
-        "use_dora": False, "bias": method.bias, "lora_bias": method.lora_bias, "init_lora_weights": method.init == "kaiming" or "gaussian",
-        "target_modules": short_names(model, low_rank), "exclude_modules": None, "modules_to_save": None, "layers_to_transform": None,
-        "rank_pattern": ranks, "alpha_pattern": alphas,
+        "use_dora": isinstance(method, DoRA), "bias": method.bias, "lora_bias": method.lora_bias,
+        "init_lora_weights": method.init == "kaiming" or "gaussian", "target_modules": short_names(model, low_rank),
+        "exclude_modules": None, "modules_to_save": None, "layers_to_transform": None, "rank_pattern": ranks, "alpha_pattern": alphas,
         "fan_in_fan_out": any(type(model.get_submodule(p)).__name__.endswith("Conv1D") for p in low_rank),
     }  # fmt: skip
 
@@ -60,25 +87,18 @@ def _patterns(method: LoRA, adapters: Mapping[str, Any]) -> tuple[dict[str, int]
     return {p: r for p, (r, _) in found.items()}, {p: whole(a) for p, (_, a) in found.items()}
 
 
-def _read_lora(config: Mapping[str, Any]) -> Method:
-    wrong = [f"{k}={config[k]!r}" for k, v in _NEUTRAL.items() if config.get(k, v) not in (v, None, [], {}, False)]
-    unknown = sorted(set(config) - set(_NEUTRAL) - _HARMLESS - _READ)
-    wrong += [f"{k}={config[k]!r} (unknown)" for k in unknown if config[k] not in (None, False, [], {})]
-    if wrong:
-        raise WeftError("this LoRA uses what weft does not compute: " + ", ".join(wrong))
-    given = config.get("target_modules")
-    if not given:
-        raise WeftError("adapter_config.json names no target_modules")
-    exclude = config.get("exclude_modules") or ()
-    values = {
-        "rank": config.get("r", 8), "alpha": float(config.get("lora_alpha", 8)), "dropout": float(config.get("lora_dropout", 0.0)),
-        "rslora": bool(config.get("use_rslora", False)), "bias": config.get("bias", "none"),
-        "lora_bias": bool(config.get("lora_bias", False)),
-        "targets": given if given == "all-linear" else f"re:{given}" if isinstance(given, str) else tuple(sorted(given)),
-        "exclude": f"re:{exclude}" if isinstance(exclude, str) else tuple(sorted(exclude)),
-        "rank_pattern": dict(config.get("rank_pattern") or {}), "alpha_pattern": dict(config.get("alpha_pattern") or {}),
-    }  # fmt: skip
-    return LoRA(**values)
+def _read_lora(config: Mapping[str, Any]) -> LoRA:
+    checked(config, FIELDS, "LoRA")
+    kind = DoRA if config.get("use_dora") else LoRA
+    return kind(
+        rank=config.get("r", 8), alpha=float(config.get("lora_alpha", 8)), dropout=float(config.get("lora_dropout", 0.0)),
+        rslora=bool(config.get("use_rslora", False)), bias=config.get("bias", "none"), lora_bias=bool(config.get("lora_bias", False)),
+        rank_pattern=dict(config.get("rank_pattern") or {}), alpha_pattern=dict(config.get("alpha_pattern") or {}),
+        **targets_of(config),
+    )  # fmt: skip
 
 
-FORMATS: dict[type[Method], Format] = {LoRA: Format("LORA", _write_lora, _read_lora)}
+FORMATS: dict[type[Method], Format] = {
+    LoRA: Format("LORA", _write_lora, _read_lora, FIELDS, lambda config: not config.get("use_dora")),
+    DoRA: Format("LORA", _write_lora, _read_lora, FIELDS, lambda config: bool(config.get("use_dora"))),
+}

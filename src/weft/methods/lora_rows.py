@@ -1,0 +1,39 @@
+"""LoRA with an adapter for each row of a batch: one batched product for all rows, as in S-LoRA and Punica.
+
+Row i meets its own A and B, padded with zeros to the largest rank.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from weft.core import Mixture, Site
+
+
+def mixed(mixture: Mixture, layer: Site, x: Tensor) -> Tensor:
+    """y (rows, ..., out) for x (rows, ..., in), each row through its own plain LoRA."""
+    rows, y = mixture.owners(x), layer.frozen(x)
+    A, B = stacked(mixture, rows, y.dtype)
+    S = torch.bmm(x.reshape(len(rows), -1, x.shape[-1]).to(y.dtype), A)
+    return torch.baddbmm(y.view(len(rows), -1, y.shape[-1]), S, B).view(y.shape)
+
+
+def stacked(mixture: Mixture, rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(rows, in, rank) and (rows, rank, out) with the scale in it; zeros for rows without adapter. Kept while no weight changes."""
+    many: Any = mixture.adapters
+    versions = None if torch.is_grad_enabled() else mixture.versions()
+    key = (len(rows), dtype, versions)
+    if versions is not None and mixture.cache.get("key") == key:
+        return mixture.cache["stacks"]  # type: ignore[no-any-return]
+    rank = max(a.A.shape[0] for a in many)
+    A = torch.stack([F.pad(a.A.to(dtype), (0, 0, 0, rank - a.A.shape[0])) for a in many])
+    B = torch.stack([F.pad(a.B.to(dtype) * a.scale, (0, rank - a.B.shape[1])) for a in many])
+    owner = rows.clamp_min(0)
+    stacks = A[owner].mT, (B[owner] * (rows >= 0).to(dtype)[:, None, None]).mT
+    if versions is not None:
+        mixture.cache.update(key=key, stacks=stacks)
+    return stacks
