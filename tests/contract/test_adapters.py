@@ -203,10 +203,21 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
     "json": (lambda f: (f / "adapter_config.json").write_text("{"), ["is not valid JSON"]),
     "no-type": (lambda f: (f / "adapter_config.json").write_text("{}"), ["does not say a peft_type"]),
     "type": (lambda f: _config(f, peft_type="ADAPTION_PROMPT"), ["does not have the method 'ADAPTION_PROMPT'"]),
-    "dora": (lambda f: _config(f, use_dora=True), ["uses what weft does not compute", "use_dora=True"]),
-    "future": (lambda f: _config(f, use_magic=3), ["use_magic=3 (unknown)"]),
+    "dora": (lambda f: _config(f, use_dora=True), ["4 tensors missing from the file", "q_proj.lora_magnitude_vector"]),
+    "variant": (lambda f: _config(f, use_qalora=True, kasa_config={"a": 1}), ["does not compute", "use_qalora", "kasa_config"]),
+    "nan": (lambda f: _edit(f, lambda s: s[Q0].fill_(float("nan"))), ["not finite", Q0]),
+    "task": (lambda f: _config(f, task_type="SEQ_CLS"), ["made for SEQ_CLS", "LlamaForCausalLM is CAUSAL_LM"]),
+    "no-task": (lambda f: _config(f, task_type="POETRY"), ["task_type='POETRY'", "CAUSAL_LM"]),
     "zero-rank": (lambda f: _config(f, r=0), ["a rank of 0"]),
 }  # fmt: skip
+
+
+def test_fields_of_a_newer_peft_are_named_and_written_back(saved: Path, tmp_path: Path) -> None:
+    _config(saved, use_magic=3, no_magic=None)
+    with pytest.warns(UserWarning, match="does not know: use_magic=3"):
+        model = weft.load(llama(), saved)
+    again = json.loads((weft.save(model, tmp_path / "again") / "adapter_config.json").read_text())
+    assert again["use_magic"] == 3 and "no_magic" not in again
 
 
 @pytest.mark.parametrize("broken", BROKEN)

@@ -30,6 +30,7 @@ TASKS = {  # how transformers' class names end -> what peft calls the task
     "ForTokenClassification": "TOKEN_CLS",
     "ForQuestionAnswering": "QUESTION_ANS",
 }
+HEADED = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")  # tasks whose head is trained with the adapter
 
 
 def save(model: nn.Module, folder: str | os.PathLike[str], name: str | None = None) -> Path:
@@ -88,6 +89,7 @@ def load(model: Model, folder: str | os.PathLike[str], name: str = "default") ->
     config = read_config(source)
     path = weights_file(source)
     try:
+        _check_task(config, model)
         format = format_for(config)
         method = format.read(config)
         with torch.device("meta"):
@@ -98,6 +100,7 @@ def load(model: Model, folder: str | os.PathLike[str], name: str = "default") ->
         wanted = _match(built, file, path, model)
         place = {path: device_of(module) for path, module in modules(model) if path in built}
         made: dict[int, nn.Parameter] = {}
+        broken: list[str] = []
         for where, adapter, parameter, named in wanted:
             empty = adapter._parameters[parameter]
             assert empty is not None
@@ -105,7 +108,11 @@ def load(model: Model, folder: str | os.PathLike[str], name: str = "default") ->
                 value: Tensor = file.get_tensor(named)
                 made[id(empty)] = nn.Parameter(value.to(place[where], torch.promote_types(value.dtype, torch.float32)))
                 made[id(empty)].requires_grad_(empty.requires_grad)
+                if not made[id(empty)].isfinite().all():
+                    broken.append(named)
             adapter._parameters[parameter] = made[id(empty)]
+    if broken:
+        raise WeftError(f"{path} is damaged, or its training diverged:\n  " + "\n  ".join(_lines(broken, "that are not finite")))
     if strange := unknown(config, format.fields):  # plain attributes, which `save` writes back
         for adapter in built.values():
             adapter.__dict__["unknown"] = strange
@@ -221,6 +228,19 @@ def _lines(found: list[str], what: str, most: int = 6) -> list[str]:
 def _origin(model: nn.Module) -> str | None:
     config = getattr(model, "config", None)
     return getattr(config, "name_or_path", None) or getattr(config, "_name_or_path", None) or None
+
+
+def _check_task(config: Mapping[str, Any], model: nn.Module) -> None:
+    """Raise WeftError if the file was made for a head that this model does not have, or for a task that there is not."""
+    given, here = config.get("task_type"), _task(model)
+    known = {*TASKS.values(), "FEATURE_EXTRACTION"}
+    if given is not None and given not in known:
+        raise WeftError(f"task_type={given!r} is no task of peft's: there are {', '.join(sorted(known))}, and null for none")
+    if given in HEADED and here is not None and here != given:
+        raise WeftError(
+            f"this adapter was made for {given}, and this {base_class(model).__name__} is {here}: load the base as the class that the "
+            f"adapter was trained on, or set task_type to null in {CONFIG} if the adapter alone is meant"
+        )
 
 
 def _task(model: nn.Module) -> str | None:
