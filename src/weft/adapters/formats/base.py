@@ -59,12 +59,12 @@ COMMON: dict[str, Field] = {
 def checked(config: Mapping[str, Any], fields: Mapping[str, Field], what: str) -> None:
     """Raise WeftError with every field that holds what weft does not compute."""
     wrong = [
-        f"{name}={config[name]!r}: {f.why}"
+        f"{name}={config[name]!r} ({f.why})"
         for name, f in fields.items()
         if f.refused and config.get(name, f.neutral) not in (f.neutral, None, False) and config[name] not in ([], {})
     ]
     if wrong:
-        raise WeftError(f"this {what} uses what weft does not compute:\n  " + "\n  ".join(wrong))
+        raise WeftError(f"this {what} uses what weft does not compute: " + ", ".join(wrong))
 
 
 def unknown(config: Mapping[str, Any], fields: Mapping[str, Field]) -> dict[str, Any]:
