@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from typing import Any, TypeVar, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from weft.adapters.attach import _known, active, remove
-from weft.core import Site, WeftError, activate, modules, sites, slot_of
+from weft.core import Site, WeftError, activate, logical, modules, sites, slot_of
+from weft.quant import settle
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -43,6 +44,8 @@ def merge(model: Model, names: str | Sequence[str] | None = None, *, keep: bool 
         cast(Any, model).config.tie_word_embeddings = False
     if not keep:
         remove(model)
+        for site in here.values():
+            settle(cast(nn.Module, site))
     return model
 
 
@@ -70,9 +73,9 @@ def _fold(site: Site, chosen: Sequence[str], tied: dict[int, nn.Parameter], keep
             kept.setdefault(key, own)
             if own is None and not value.any():
                 continue  # a bias that neither the layer nor the adapter has
-            like: Tensor = own if own is not None else next(module.parameters(recurse=False))
+            dtype = logical(module, key if own is not None else "weight")[1]  # a packed weight becomes numbers of the dtype it had
             source = slot[name]._parameters.get(key)  # a whole trained copy, which tied layers share: they stay tied
-            new = nn.Parameter(value.to(like.dtype, copy=source is not None), requires_grad=False)
+            new = nn.Parameter(value.to(dtype, copy=source is not None), requires_grad=False)
             module._parameters[key] = new if source is None else tied.setdefault(id(source), new)
     activate(site, tuple(n for n in before if n not in chosen))
     if not keep:  # each old weight is gone before the next new one is made

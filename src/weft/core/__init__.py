@@ -2,7 +2,7 @@
 
 from weft.core.adapter import Adapter, Mixture
 from weft.core.errors import WeftError
-from weft.core.layers import features, is_conv, is_conv1d, is_linear
+from weft.core.layers import features, is_conv, is_conv1d, is_linear, logical, numbers
 from weft.core.method import METHODS, Method
 from weft.core.names import matcher, several
 from weft.core.replaced import Replaced
@@ -42,8 +42,10 @@ __all__ = [
     "is_conv",
     "is_conv1d",
     "is_linear",
+    "logical",
     "matcher",
     "modules",
+    "numbers",
     "open_site",
     "plain",
     "several",

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from weft.core.errors import WeftError
-from weft.core.layers import features, is_conv1d, is_linear
+from weft.core.layers import features, is_conv1d, is_linear, logical
 from weft.core.site import Around, Site, base_class, plain
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ class Adapter(nn.Module):
             return {"weight": self(layer, torch.arange(module.num_embeddings, device=device)).float()}
         if not is_linear(module):
             raise WeftError(f"{type(self).__name__} cannot be merged into a {base_class(module).__name__}")
-        eye = torch.eye(features(module)[0], dtype=module.weight.dtype, device=device)
+        eye = torch.eye(features(module)[0], dtype=logical(module)[1], device=device)
         bias = self(layer, torch.zeros_like(eye[:1]))[0].float()
         weight = (self(layer, eye).float() - bias).T
         return {"weight": weight.T if is_conv1d(module) else weight, "bias": bias}

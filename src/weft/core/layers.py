@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 
 def is_conv1d(layer: object) -> bool:
@@ -25,9 +26,26 @@ def is_conv(layer: object) -> bool:
 def features(layer: Any) -> tuple[int, int]:
     """(in, out) of a linear layer, an embedding (vocabulary, width) or a convolution (channels)."""
     if is_conv1d(layer):
-        return int(layer.weight.shape[0]), int(layer.weight.shape[1])
+        shape, _ = logical(layer)
+        return shape[0], shape[1]
     if isinstance(layer, nn.Embedding):
         return layer.num_embeddings, layer.embedding_dim
     if is_conv(layer):
         return int(layer.in_channels), int(layer.out_channels)
     return int(layer.in_features), int(layer.out_features)
+
+
+def logical(layer: Any, name: str = "weight") -> tuple[torch.Size, torch.dtype]:
+    """Shape and dtype of a parameter as numbers. A layer that packs its parameters has a method of this name, and `unpacked` beside it."""
+    ask = getattr(layer, "logical", None)
+    if ask is not None:
+        return ask(name)  # type: ignore[no-any-return]
+    held = layer._parameters[name]
+    return held.shape, held.dtype
+
+
+def numbers(layer: Any, name: str = "weight") -> Tensor:
+    """A parameter as numbers, in the layer's own layout, whether it is packed or not."""
+    ask = getattr(layer, "unpacked", None)
+    held: Tensor = layer._parameters[name].detach() if ask is None else ask(name)
+    return held

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from weft.core.adapter import Adapter
 from weft.core.errors import WeftError
+from weft.core.layers import logical, numbers
 from weft.core.site import Around, Site, base_class, plain
 
 
@@ -29,11 +30,11 @@ class Replaced(Adapter):
             own = cast(nn.Module, layer)._parameters[name]
             assert own is not None
             if id(own) not in shared:
-                wide = torch.promote_types(own.dtype, torch.float32)
+                shape, dtype = logical(layer, name)
                 # a fresh empty tensor, not a copy: under torch.device("meta") nothing is allocated
-                shared[id(own)] = nn.Parameter(torch.empty(own.shape, dtype=wide))
+                shared[id(own)] = nn.Parameter(torch.empty(shape, dtype=torch.promote_types(dtype, torch.float32)))
                 if not shared[id(own)].is_meta:
-                    shared[id(own)].data.copy_(own.detach())
+                    shared[id(own)].data.copy_(numbers(layer, name))
             self.register_parameter(name, shared[id(own)])
 
     def forward(self, layer: Site | Around, *inputs: Any, **kwargs: Any) -> Any:
@@ -42,7 +43,7 @@ class Replaced(Adapter):
             raise WeftError("an adapter that replaces a layer whole must come first: weft.use(model, ['full', 'lora'])")
         base: Any = object.__new__(base_class(module))  # the same state under the base's own class, so that its forward has no slot
         base.__dict__ = module.__dict__
-        own = {name: p.to(module._parameters[name].dtype) for name, p in self._parameters.items() if p is not None}
+        own = {name: p.to(logical(module, name)[1]) for name, p in self._parameters.items() if p is not None}
         return torch.func.functional_call(base, own, inputs, kwargs)
 
     def merged(self, layer: Site | Around) -> dict[str, Tensor]:

@@ -1,17 +1,30 @@
-"""Frozen-base formats. One question is asked of all of them: `dense(layer)`, the weight as numbers."""
+"""Frozen-base formats: a weight as a few plain tensors, layers that hold them, and one question asked of all: `dense(layer)`."""
 
-from __future__ import annotations
+from weft.quant import four_bit
+from weft.quant.convert import Packing, QuantReport, bits, candidates, install, packable, quantise_, relative_error, roundtrip
+from weft.quant.formats import FORMATS, Format, format_of, writable
+from weft.quant.layers import Decoding, Quantised, QuantLinear, computing, dense, is_quantised, settle
 
-from typing import Any
-
-from torch import Tensor
-
-from weft.core import WeftError
-
-
-def dense(layer: Any) -> Tensor:
-    """The weight of a layer as a floating-point tensor, in the layer's own layout. Raises WeftError for a format that weft cannot read."""
-    weight = layer.weight
-    if not weight.is_floating_point():
-        raise WeftError(f"a weight stored as {weight.dtype} ({type(layer).__name__}) is a format that weft cannot read")
-    return weight.detach()  # type: ignore[no-any-return]
+__all__ = [
+    "FORMATS",
+    "Decoding",
+    "Format",
+    "Packing",
+    "QuantLinear",
+    "QuantReport",
+    "Quantised",
+    "bits",
+    "candidates",
+    "computing",
+    "dense",
+    "format_of",
+    "four_bit",
+    "install",
+    "is_quantised",
+    "packable",
+    "quantise_",
+    "relative_error",
+    "roundtrip",
+    "settle",
+    "writable",
+]

@@ -1,0 +1,263 @@
+"""Layers that hold a packed weight: plain tensors on a module, decoded when the layer is called."""
+
+from __future__ import annotations
+
+import copyreg
+from collections.abc import Callable, Mapping
+from functools import cache
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from weft.core import Site, WeftError, base_class
+from weft.kernels.scratch import scratch
+from weft.quant.formats import FORMATS, Format
+
+
+class Quantised(nn.Module):
+    """Mixin in front of a layer's own class: some of its parameters are packed.
+
+    A packed parameter keeps its name and holds the format's "weight", one byte an element; the format's other tensors are buffers beside
+    it, `<name>_absmax` and so on. So FSDP shards the bytes by rows and every process has the small rest. `.to(dtype)`, `.half()` and
+    `.float()` change what numbers the layer decodes to and what else it owns, never the bytes or the scales.
+
+    A parameter may also hold plain numbers of the logical shape again, as after merging: then the layer is what it was before.
+    """
+
+    form: Format  # the format of all packed parameters of this layer
+    shapes: dict[str, torch.Size]  # parameter -> its shape as numbers
+    dtype: torch.dtype  # the dtype of those numbers, that which the weight had before
+    own: type  # the class of the layer before it was packed; one for a class
+
+    def is_packed(self, name: str = "weight") -> bool:
+        """Whether this parameter holds packed bytes now."""
+        held = self._parameters.get(name)
+        return name in self.shapes and held is not None and held.element_size() == 1
+
+    def tensors(self, name: str = "weight") -> dict[str, Tensor]:
+        """The format's tensors of a packed parameter."""
+        found = {"weight": getattr(self, name)}
+        for key in self.form.beside:
+            value = self._buffers.get(f"{name}_{key}")
+            if value is not None:
+                found[key] = value
+        return found
+
+    def unpacked(self, name: str = "weight", dtype: torch.dtype | None = None) -> Tensor:
+        """A parameter as numbers, in the layer's own layout; fresh memory if it is packed."""
+        if not self.is_packed(name):
+            return cast(Tensor, getattr(self, name)).detach()
+        with torch.no_grad():
+            return self.form.unpack(self.tensors(name), self.shapes[name], dtype or self.dtype)
+
+    def logical(self, name: str) -> tuple[torch.Size, torch.dtype]:
+        """Shape and dtype of a parameter as numbers."""
+        held = cast(Tensor, self._parameters[name])
+        return (self.shapes[name], self.dtype) if self.is_packed(name) else (held.shape, held.dtype)
+
+    def hold(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """Let a parameter be these packed tensors."""
+        self._parameters[name] = nn.Parameter(tensors["weight"], requires_grad=False)
+        for key in self.form.beside:
+            value = tensors.get(key)
+            if value is not None or f"{name}_{key}" in self._buffers:
+                self.register_buffer(f"{name}_{key}", value)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        kept = {id(t) for name in self.shapes if self.is_packed(name) for t in self.tensors(name).values()}
+
+        def move(t: Tensor) -> Tensor:
+            moved = fn(t)
+            return moved if id(t) not in kept or moved.dtype == t.dtype else t.to(moved.device)
+
+        super()._apply(move, recurse)
+        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+        return self
+
+    def requires_grad_(self, requires_grad: bool = True) -> Any:
+        """Packed bytes have no gradient; everything else follows."""
+        for name, p in self.named_parameters():
+            if name not in self.shapes or not self.is_packed(name):
+                p.requires_grad_(requires_grad)
+        return self
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, {self.form.name}".lstrip(", ")
+
+
+class QuantLinear(Quantised, nn.Linear):
+    """A linear layer with a packed weight: y = x Wᵀ + b, W decoded to x's dtype (on a CPU without 16-bit products to fp32).
+
+    Only packed bytes are kept for the backward pass, which decodes again. Made by `quantise_` or `QuantLinear.of`.
+    """
+
+    own = nn.Linear
+
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool = False, base: str = "nf4", dtype: torch.dtype = torch.float32
+    ) -> None:
+        nn.Module.__init__(self)  # an empty shell: `hold` brings the weight
+        self.in_features, self.out_features = in_features, out_features
+        self.form, self.dtype = FORMATS[base], dtype
+        self.shapes = {"weight": torch.Size((out_features, in_features))}
+        self.register_parameter("weight", None)
+        self.register_parameter("bias", nn.Parameter(torch.zeros(out_features, dtype=dtype), requires_grad=False) if bias else None)
+
+    @classmethod
+    def of(
+        cls, tensors: Mapping[str, Tensor], shape: tuple[int, int], base: str, dtype: torch.dtype, bias: Tensor | None = None
+    ) -> QuantLinear:
+        """A layer around packed tensors, which are not copied."""
+        made = cls(shape[1], shape[0], base=base, dtype=dtype)
+        made.hold("weight", tensors)
+        made.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        return made
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.is_packed():
+            return F.linear(x, self.weight, self.bias)
+        kind = x.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        held = self.tensors()
+        y: Tensor = _Product.apply(x.to(dtype), self.form.name, self.shapes["weight"], tuple(held), *held.values())  # type: ignore[no-untyped-call]
+        return y if self.bias is None else y + self.bias.to(dtype)
+
+
+class _Product(torch.autograd.Function):
+    """x Wᵀ, with W from its packed tensors."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, base: str, shape: torch.Size, keys: tuple[str, ...], *held: Tensor) -> Tensor:
+        ctx.save_for_backward(*held)
+        ctx.base, ctx.shape, ctx.keys = base, shape, keys
+        wide = computing(x.dtype, x.device)
+        return F.linear(x.to(wide), _decoded(base, shape, dict(zip(keys, held, strict=True)), wide)).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> Any:
+        wide = computing(g.dtype, g.device)
+        held = ctx.saved_tensors
+        dx = g.to(wide) @ _decoded(ctx.base, ctx.shape, dict(zip(ctx.keys, held, strict=True)), wide, again=True)
+        return dx.to(g.dtype), None, None, None, *(None for _ in held)
+
+
+def _decoded(base: str, shape: torch.Size, held: dict[str, Tensor], dtype: torch.dtype, again: bool = False) -> Tensor:
+    return FORMATS[base].unpack(held, shape, dtype, scratch(shape, held["weight"], dtype), again)
+
+
+@cache
+def _cpu_multiplies_in_16_bits() -> bool:
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def computing(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype of a product: x's own, but fp32 on a CPU without AVX512-BF16 or AMX, where a 16-bit g·W takes 60 to 120 times as long."""
+    narrow = device.type == "cpu" and dtype in (torch.bfloat16, torch.float16)
+    return torch.float32 if narrow and not (dtype == torch.bfloat16 and _cpu_multiplies_in_16_bits()) else dtype
+
+
+class Decoding(Quantised):
+    """The mixin of any other layer with packed parameters, such as fused experts (experts, ...): its own forward, given the numbers.
+
+    All of the layer's numbers are decoded for one call. Autograd keeps none of them: what it would save is decoded again, by experts.
+    """
+
+    def forward(self, *inputs: Any, **kwargs: Any) -> Any:
+        packed = {name: self.tensors(name) for name in self.shapes if self.is_packed(name)}
+        if not packed:
+            return super().forward(*inputs, **kwargs)
+        numbers = {name: self.form.unpack(held, self.shapes[name], self.dtype) for name, held in packed.items()}
+        shell: Any = object.__new__(self.own)  # the same state under the layer's own class
+        shell.__dict__ = self.__dict__
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return torch.func.functional_call(shell, numbers, inputs, kwargs)
+        keep = _Forget(self, numbers, packed)
+        with torch.autograd.graph.saved_tensors_hooks(keep.pack, keep.unpack):
+            return torch.func.functional_call(shell, numbers, inputs, kwargs)
+
+
+class _Forget:
+    """Instead of a view of decoded experts autograd keeps where in which weight it lies."""
+
+    def __init__(self, layer: Decoding, numbers: dict[str, Tensor], packed: dict[str, dict[str, Tensor]]) -> None:
+        self.form, self.dtype, self.packed = layer.form, layer.dtype, packed
+        self.shapes = {name: layer.shapes[name] for name in packed}
+        self.owner = {t.untyped_storage().data_ptr(): name for name, t in numbers.items()}
+
+    def pack(self, t: Tensor) -> Any:
+        name = self.owner.get(t.untyped_storage().data_ptr()) if t.dtype == self.dtype else None
+        return t if name is None else (name, t.shape, t.stride(), t.storage_offset())
+
+    def unpack(self, kept: Any) -> Tensor:
+        if isinstance(kept, Tensor):
+            return kept
+        name, size, stride, offset = kept
+        shape = self.shapes[name]
+        each = shape[1:].numel()
+        first, reach = offset // each, sum((n - 1) * s for n, s in zip(size, stride, strict=True))
+        if (offset % each) + reach < each:
+            part = self.form.part(self.packed[name], shape, first)
+            if part is not None:
+                whole = self.form.unpack(part, shape[1:], self.dtype)
+                return whole.as_strided(size, stride, offset - first * each)
+        return self.form.unpack(self.packed[name], shape, self.dtype).as_strided(size, stride, offset)
+
+
+class _Made(type):
+    """The kind of the classes made here, which have no importable name; pickle goes by the class that each was made from."""
+
+    own: type
+
+
+@cache
+def _decoding(own: type) -> type:
+    return _Made(f"Quant{own.__name__}", (Decoding, own), {"__module__": own.__module__, "own": own})
+
+
+copyreg.pickle(_Made, lambda made: (_decoding, (made.own,)))  # type: ignore[arg-type, return-value, misc]
+
+
+def with_packed(
+    module: nn.Module, tensors: Mapping[str, Mapping[str, Tensor]], shapes: Mapping[str, torch.Size], base: str, dtype: torch.dtype
+) -> None:
+    """Let parameters of any module be packed (name -> tensors, name -> shape as numbers): its class is swapped in place."""
+    quant = cast(Decoding, module)
+    module.__dict__.update(form=FORMATS[base], dtype=dtype, shapes=dict(shapes))
+    module.__class__ = _decoding(type(module))
+    for name, held in tensors.items():
+        quant.hold(name, held)
+
+
+def settle(module: nn.Module) -> None:
+    """A layer none of whose parameters is packed any longer gets its own class back; others stay as they are."""
+    if not isinstance(module, Quantised) or isinstance(module, Site) or any(map(module.is_packed, module.shapes)):
+        return
+    own = module.own
+    for name in module.shapes:
+        for key in module.form.beside:
+            module._buffers.pop(f"{name}_{key}", None)
+    for name in ("form", "dtype", "shapes"):
+        del module.__dict__[name]
+    module.__class__ = own
+
+
+def dense(layer: Any, name: str = "weight") -> Tensor:
+    """A parameter of any layer as a floating-point tensor, in the layer's own layout and dtype.
+
+    Raises WeftError for a format that weft cannot read.
+    """
+    if isinstance(layer, Quantised):
+        return layer.unpacked(name)
+    weight = getattr(layer, name)
+    if not weight.is_floating_point() or weight.element_size() == 1:
+        raise WeftError(f"a weight stored as {weight.dtype} ({base_class(layer).__name__}) is a format that weft cannot read")
+    return weight.detach()  # type: ignore[no-any-return]
+
+
+def is_quantised(layer: object) -> bool:
+    """Whether a layer holds a packed weight now."""
+    return isinstance(layer, Quantised) and any(map(layer.is_packed, layer.shapes))
