@@ -24,6 +24,7 @@ _HOME = {
     "LNTuning": "weft.methods",
     "Full": "weft.methods",
     "adapt": "weft.adapters",
+    "combine": "weft.adapters",
     "load": "weft.adapters",
     "merge": "weft.adapters",
     "remove": "weft.adapters",
@@ -41,7 +42,7 @@ _HOME = {
 __all__ = [*sorted(_HOME), "__version__"]
 
 if TYPE_CHECKING:
-    from weft.adapters import adapt, load, merge, remove, rows, save, summary, unmerge, use, using
+    from weft.adapters import adapt, combine, load, merge, remove, rows, save, summary, unmerge, use, using
     from weft.core import Adapter, Method, Site, WeftError
     from weft.methods import IA3, BitFit, DoRA, Full, LNTuning, LoRA
     from weft.models import load_base, load_tokenizer

@@ -66,7 +66,9 @@ def check_new(model: nn.Module, name: str) -> None:
     """Raise WeftError unless `name` may be given to a new adapter of this model."""
     if not isinstance(name, str) or not name or "." in name or name == "base":
         raise WeftError(f"{name!r} cannot name an adapter: use any text that is not empty, has no dot and is not 'base'")
-    if any(name in slot_of(site) for site in sites(model).values()):
+    found = sites(model)
+    _not_merged(found)
+    if any(name in slot_of(site) for site in found.values()):
         raise WeftError(f"this model has an adapter named {name!r} already: choose another name, or weft.remove(model, {name!r}) first")
 
 
@@ -117,8 +119,7 @@ def use(model: nn.Module, names: str | Sequence[str] | None) -> None:
     chosen = () if names is None else (names,) if isinstance(names, str) else tuple(names)
     found = sites(model)
     _known(found, chosen)
-    if merged := {n for site in found.values() for n in site.__dict__.get("kept_for", ())}:
-        raise WeftError(f"{', '.join(sorted(merged))} is merged into the base: call weft.unmerge(model) before choosing other adapters")
+    _not_merged(found)
     for site in found.values():
         activate(site, chosen)
 
@@ -170,6 +171,11 @@ def remove(model: nn.Module, name: str | None = None) -> None:
         activate(site, tuple(n for n in site.active if n in slot))
         if not len(slot):
             close_site(site)
+
+
+def _not_merged(found: dict[str, Site]) -> None:
+    if merged := {n for site in found.values() for n in site.__dict__.get("kept_for", ())}:
+        raise WeftError(f"{', '.join(sorted(merged))} is merged into the base: call weft.unmerge(model) before choosing other adapters")
 
 
 def _known(found: dict[str, Site], chosen: Sequence[str]) -> None:
