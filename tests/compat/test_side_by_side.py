@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 
 import weft.compat.peft as face
 from tests.compat.stories import STORIES, logits
+from tests.compat.stories_more import MORE
 from tests.conftest import llama
 
 
@@ -44,6 +46,12 @@ def test_a_script_tells_the_same(story: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("story", MORE)
+def test_so_do_other_methods_layers_and_tasks(story: str, tmp_path: Path) -> None:
+    same(MORE[story](peft, tmp_path / "peft"), MORE[story](face, tmp_path / "weft"), story)
+
+
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("story", ["trains_and_saves", "whole_modules", "several"])
 def test_each_reads_what_the_other_wrote(story: str, tmp_path: Path) -> None:
     STORIES[story](face, llama(), tmp_path / "weft")
@@ -52,6 +60,17 @@ def test_each_reads_what_the_other_wrote(story: str, tmp_path: Path) -> None:
     for model in read[1:]:
         same(logits(read[0]), logits(model), story)
     assert not any(p.requires_grad for p in read[2].parameters())
+
+
+@pytest.mark.parametrize("name", sorted(n for n in peft.__all__ if n.endswith("Config") and n not in face.absent.NAMES))
+def test_configurations_have_the_same_fields(name: str) -> None:
+    def told(package: Any) -> list[tuple[str, str]]:
+        return [
+            (f.name, repr(f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default))
+            for f in dataclasses.fields(getattr(package, name))
+        ]
+
+    assert told(face) == told(peft)
 
 
 def test_every_name_of_peft_can_be_imported() -> None:

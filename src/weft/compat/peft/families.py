@@ -20,6 +20,7 @@ class IA3Layer(BaseTunerLayer):
     """A layer with (IA)³ vectors."""
 
     FAMILY: ClassVar[str] = "ia3"
+    told: ClassVar[bool] = False
     adapter_layer_names: tuple[str, ...] = ("ia3_l",)
     CONTAINERS: ClassVar[Mapping[str, type[nn.Module]]] = {"ia3_l": _PARAMETERS}
 
@@ -115,6 +116,7 @@ class TrainableTokensLayer(BaseTunerLayer):
     """An embedding with trained rows."""
 
     FAMILY: ClassVar[str] = "trainable_tokens"
+    told: ClassVar[bool] = False
     adapter_layer_names: tuple[str, ...] = ("trainable_tokens_delta",)
     CONTAINERS: ClassVar[Mapping[str, type[nn.Module]]] = {"trainable_tokens_delta": _PARAMETERS}
 

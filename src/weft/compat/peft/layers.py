@@ -27,6 +27,7 @@ class BaseTunerLayer(Front):
     other_param_names: tuple[str, ...] = ()
     FAMILY: ClassVar[str] = ""
     CONTAINERS: ClassVar[Mapping[str, type[nn.Module]]] = {}
+    told: ClassVar[bool] = True  # whether the family stands before the class in what is printed
     shown: ClassVar[str] = ""  # the name of the class in peft, where it differs
 
     def __init__(self, base_layer: Site | BaseTunerLayer, **kwargs: Any) -> None:
@@ -94,7 +95,7 @@ class BaseTunerLayer(Front):
         return self.shown or type(self).__name__
 
     def __repr__(self) -> str:
-        return f"{self.FAMILY}.{super().__repr__()}"
+        return f"{self.FAMILY}.{super().__repr__()}" if self.told else super().__repr__()
 
     # ---- adapters come and go
 

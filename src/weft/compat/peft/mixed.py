@@ -26,7 +26,7 @@ def _check(config: PeftConfig) -> None:
     if config.peft_type not in COMPATIBLE:
         kinds = [k.value for k in COMPATIBLE]
         raise ValueError(
-            f"The provided `peft_type` '{config.peft_type}' is not compatible with the `PeftMixedModel`. Compatible types are: {kinds}"
+            f"The provided `peft_type` '{getattr(config.peft_type, 'value', config.peft_type)}' is not compatible with the `PeftMixedModel`. Compatible types are: {kinds}"
         )
 
 

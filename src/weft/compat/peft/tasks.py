@@ -171,7 +171,7 @@ class _BaseAutoPeftModel:
             kind = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(task, PeftModel)
             if kind.__name__ != expected.__name__:
                 raise ValueError(
-                    f"Expected target PEFT class: {expected.__name__}, but you have asked for: {kind.__name__} make sure that you are "
+                    f"Expected target PEFT class: {kind.__name__}, but you have asked for: {expected.__name__} make sure that you are "
                     "loading the correct model for your task type."
                 )
         elif task is None and found.auto_mapping is not None:

@@ -1,0 +1,228 @@
+"""More stories (see stories.py): other methods, other layers, tasks with a head, helpers. Each makes its own models."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from tests.compat.stories import IDS, fill, logits, refused, said
+from tests.conftest import ConvNet, Plain, gpt2, llama
+
+X = torch.linspace(-1, 1, 2 * 3 * 8 * 8).view(2, 3, 8, 8)
+
+
+def bert() -> Any:
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=96, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, num_labels=3, max_position_embeddings=64
+    )
+    return transformers.BertForSequenceClassification(config).eval()
+
+
+def t5() -> Any:
+    torch.manual_seed(0)
+    config = transformers.T5Config(vocab_size=96, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, decoder_start_token_id=0)
+    return transformers.T5ForConditionalGeneration(config).eval()
+
+
+def jolt_all(model: Any) -> None:
+    """The same numbers onto every parameter that trains, by the order of names."""
+    torch.manual_seed(5)
+    with torch.no_grad():
+        for _, p in sorted((n, p) for n, p in model.named_parameters() if p.requires_grad):
+            p.add_(torch.randn(p.shape) * 0.1)
+
+
+def whole_life(peft: Any, made: Any, call: Any, folder: Path, build: Any) -> dict[str, Any]:
+    """From the start to the plain model, for any method."""
+    found: dict[str, Any] = {"start": call(made)}
+    jolt_all(made)
+    found |= {
+        "parameters": [(n, p.requires_grad, tuple(p.shape)) for n, p in made.named_parameters()], "state": list(made.state_dict()),
+        "modules": [n for n, _ in made.named_modules()], "moved": call(made), "saved": peft.get_peft_model_state_dict(made),
+        "status": vars(made.get_model_status()),
+    }  # fmt: skip
+    with made.disable_adapter():
+        found["disabled"] = call(made)
+    made.save_pretrained(folder)
+    found["read"] = call(peft.PeftModel.from_pretrained(build(), folder))
+    found["thin"] = call(peft.PeftModel.from_pretrained(build(), folder, low_cpu_mem_usage=True))
+    made.merge_adapter()
+    found["merged"] = call(made)
+    made.unmerge_adapter()
+    found |= {"unmerged": call(made), "unloaded": call(copy.deepcopy(made).unload()), "plain": call(made.merge_and_unload())}
+    return found
+
+
+def ia3(peft: Any, folder: Path) -> dict[str, Any]:
+    made = peft.get_peft_model(llama(), peft.IA3Config(task_type="CAUSAL_LM"))
+    found = whole_life(peft, made.eval(), logits, folder, llama)
+    layer = peft.get_peft_model(llama(), peft.IA3Config(target_modules=["q_proj", "up_proj"], feedforward_modules=["up_proj"]))
+    q = layer.base_model.model.model.layers[0].self_attn.q_proj
+    return found | {"layer": (repr(q).partition("(")[0], q.ia3_l["default"].shape, q.is_feedforward)}
+
+
+def norms(peft: Any, folder: Path) -> dict[str, Any]:
+    made = peft.get_peft_model(llama(), peft.LNTuningConfig(task_type="CAUSAL_LM"))
+    return whole_life(peft, made.eval(), logits, folder, llama)
+
+
+def conv1d(peft: Any, folder: Path) -> dict[str, Any]:
+    made = peft.get_peft_model(gpt2(), peft.LoraConfig(r=2, fan_in_fan_out=True, task_type="CAUSAL_LM"))
+    fill(made)
+    return whole_life(peft, made.eval(), logits, folder, gpt2)
+
+
+def convolutions(peft: Any, folder: Path) -> dict[str, Any]:
+    def build() -> Any:
+        torch.manual_seed(0)
+        net = ConvNet().eval()
+        net.first.padding_mode, net.second.dilation, net.second.padding = "zeros", (1, 1), (1, 1)  # where peft's own are at fault
+        net.first._reversed_padding_repeated_twice = [0, 0, 0, 0]
+        return net
+
+    made = peft.get_peft_model(build(), peft.LoraConfig(r=4, target_modules=["first", "second", "out"]))
+    fill(made)
+    return whole_life(peft, made.eval(), lambda m: m(X).detach(), folder, build)
+
+
+def embeddings(peft: Any, folder: Path) -> dict[str, Any]:
+    def build() -> Any:
+        torch.manual_seed(0)
+        return Plain().eval()
+
+    made = peft.get_peft_model(build(), peft.LoraConfig(r=3, target_modules=["embed", "up"], modules_to_save=["norm"]), adapter_name="x")
+    fill(made)
+    found = {"moved": made(IDS).detach(), "state": peft.get_peft_model_state_dict(made, adapter_name="x"), "keys": list(made.state_dict())}
+    made.save_pretrained(folder, safe_serialization=False)
+    found["files"] = sorted(str(p.relative_to(folder)) for p in folder.rglob("*"))
+    again = peft.PeftModel.from_pretrained(build(), folder / "x", adapter_name="y", is_trainable=True)
+    return found | {"read": again(IDS).detach(), "trains": [n for n, p in again.named_parameters() if p.requires_grad],
+                    "plain": again.merge_and_unload()(IDS).detach()}  # fmt: skip
+
+
+def biases(peft: Any, folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for bias in ("all", "lora_only"):
+        torch.manual_seed(0)
+        made = peft.get_peft_model(Plain().eval(), peft.LoraConfig(r=2, target_modules=["up"], bias=bias))
+        fill(made)
+        jolt_all(made)
+        found[bias] = ([n for n, p in made.named_parameters() if p.requires_grad], made(IDS).detach(), peft.get_peft_model_state_dict(made))
+        found[bias + " twice"] = refused(lambda m=made: m.add_adapter("b", peft.LoraConfig(target_modules=["up"], bias="all")))
+        found[bias + " off"] = said(made.base_model.disable_adapter_layers)
+    return found
+
+
+def classifier(peft: Any, folder: Path) -> dict[str, Any]:
+    made = peft.get_peft_model(bert(), peft.LoraConfig(r=2, task_type="SEQ_CLS"))
+    fill(made)
+    made.eval()
+    labels = torch.tensor([0, 1, 2, 0])
+    made(input_ids=IDS, labels=labels).loss.backward()
+    found = {"logits": logits(made), "class": type(made).__name__, "saved": made.modules_to_save,
+             "grads": sorted(n for n, p in made.named_parameters() if p.grad is not None)}  # fmt: skip
+    made.save_pretrained(folder)
+    again = peft.PeftModel.from_pretrained(bert(), folder)
+    return found | {"read": logits(again), "read class": type(again).__name__, "state": peft.get_peft_model_state_dict(again)}
+
+
+def seq2seq(peft: Any, folder: Path) -> dict[str, Any]:
+    made = peft.get_peft_model(t5(), peft.LoraConfig(r=2, task_type="SEQ_2_SEQ_LM")).eval()
+    made.add_adapter("b", peft.LoraConfig(r=3, target_modules=["q", "wo"], task_type="SEQ_2_SEQ_LM"))
+    fill(made)
+    rows = ["b", "__base__", "default", "default"]
+    return {"loss": made(input_ids=IDS, labels=IDS).loss.detach(), "class": type(made).__name__,
+            "rows": made(input_ids=IDS, decoder_input_ids=IDS, adapter_names=rows).logits.detach(),
+            "beams": made.generate(input_ids=IDS, num_beams=2, max_new_tokens=5, adapter_names=rows)}  # fmt: skip
+
+
+def mixed(peft: Any, folder: Path) -> dict[str, Any]:
+    made = peft.get_peft_model(llama(), peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False), mixed=True)
+    made.add_adapter("b", peft.LoraConfig(r=3, target_modules=["q_proj", "v_proj"]))
+    made.set_adapter(["default", "b"])
+    fill(made)
+    found: dict[str, Any] = {"both": logits(made.eval()), "active": made.active_adapters, "types": sorted(made.peft_config)}
+    found["errors"] = [refused(lambda: made.set_adapter("nobody")), refused(lambda: made.save_pretrained(folder)),
+                       refused(lambda: made.add_adapter("c", peft.PrefixTuningConfig())), refused(made.get_model_status)]  # fmt: skip
+    with made.disable_adapter():
+        found["disabled"] = logits(made)
+    return found | {"plain": logits(made.merge_and_unload())}
+
+
+def scales(peft: Any, folder: Path) -> dict[str, Any]:
+    made = peft.get_peft_model(llama(), peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj"], alpha_pattern={"layers.1.self_attn.q_proj": 2}))
+    fill(made)
+    made.eval()
+    found: dict[str, Any] = {"scaling": [m.scaling["default"] for m in made.modules() if hasattr(m, "lora_A")]}
+    with peft.helpers.rescale_adapter_scale(made, 0.5):
+        found["half"] = logits(made)
+    layer = made.base_model.model.model.layers[0].self_attn.q_proj
+    layer.scale_layer(3.0)
+    found |= {"scaled": logits(made), "to": layer.scaling["default"]}
+    layer.unscale_layer()
+    layer.set_scale("default", 2)
+    found |= {"set": logits(made), "at": layer.scaling["default"], "wrong": refused(lambda: peft.helpers.rescale_adapter_scale(made, "a").__enter__())}
+    layer.lora_B["default"].weight.data *= 2
+    layer.lora_A["default"].weight = torch.nn.Parameter(torch.ones(4, 32))
+    return found | {"written": logits(made), "delta": layer.get_delta_weight("default").detach()}
+
+
+def swapped(peft: Any, folder: Path) -> dict[str, Any]:
+    def config(r: int) -> Any:
+        return peft.LoraConfig(r=r, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+
+    other = peft.get_peft_model(llama(), config(6))
+    fill(other, seed=3)
+    other.save_pretrained(folder)
+    made = peft.get_peft_model(llama(), config(4)).eval()
+    fill(made)
+    importlib.import_module(f"{peft.__name__}.utils.hotswap").hotswap_adapter(made, str(folder), "default")
+    return {"swapped": logits(made), "as": logits(other.eval())}
+
+
+def half(peft: Any, folder: Path) -> dict[str, Any]:
+    config = lambda: peft.LoraConfig(r=2, target_modules=["q_proj"])  # noqa: E731
+    wide = peft.get_peft_model(llama(dtype=torch.bfloat16), config())
+    thin = peft.get_peft_model(llama(dtype=torch.bfloat16), config(), autocast_adapter_dtype=False)
+    double = peft.get_peft_model(llama(dtype=torch.float64), config())
+    found = {k: sorted({str(p.dtype) for n, p in m.named_parameters() if "lora" in n}) for k, m in (("w", wide), ("t", thin), ("d", double))}
+    fill(double)
+    peft.cast_mixed_precision_params(wide, torch.float16)
+    frozen = peft.prepare_model_for_kbit_training(llama(dtype=torch.bfloat16))
+    return found | {"cast": sorted({(p.requires_grad, str(p.dtype)) for p in wide.parameters()}), "double": logits(double),
+                    "frozen": sorted({(p.requires_grad, str(p.dtype)) for p in frozen.parameters()})}  # fmt: skip
+
+
+def files(peft: Any, folder: Path) -> dict[str, Any]:
+    """What a newer peft wrote, an older one, an unknown one; and the loading of base and adapter in one call."""
+    llama().save_pretrained(folder / "base")
+    base = transformers.AutoModelForCausalLM.from_pretrained(folder / "base")
+    made = peft.get_peft_model(base, peft.LoraConfig(r=2, task_type="CAUSAL_LM"))
+    fill(made)
+    made.save_pretrained(folder / "adapter")
+    auto = peft.AutoPeftModelForCausalLM.from_pretrained(folder / "adapter")
+    found: dict[str, Any] = {"auto": logits(auto), "class": type(auto).__name__,
+                             "other task": refused(lambda: peft.AutoPeftModelForSeq2SeqLM.from_pretrained(folder / "adapter"))}  # fmt: skip
+    config = folder / "adapter" / "adapter_config.json"
+    text = config.read_text()
+    config.write_text(text.replace('"bias"', '"field_of_tomorrow": 1,\n  "bias"'))
+    found["newer"] = said(lambda: peft.PeftConfig.from_pretrained(folder / "adapter"))
+    config.write_text(text)
+    weights = peft.load_peft_weights(str(folder / "adapter"))
+    found |= {"weights": weights, "is": peft.helpers.check_if_peft_model(str(folder / "adapter")), "not": peft.helpers.check_if_peft_model(str(folder))}
+    result = peft.set_peft_model_state_dict(made, {k.replace("layers.0", "layers.9"): v for k, v in weights.items()})
+    found["keys"] = (sorted(k for k in result.missing_keys if "lora" in k), sorted(result.unexpected_keys))
+    wrong = {k: v[:1] for k, v in weights.items()}
+    found["shape"] = refused(lambda: peft.set_peft_model_state_dict(made, wrong))
+    return found | {"ignored": said(lambda: peft.set_peft_model_state_dict(made, wrong, ignore_mismatched_sizes=True)),
+                    "base": peft.get_base_model_state_dict(made), "loaded": said(lambda: made.load_adapter(str(folder / "adapter"), "second")),
+                    "second": (made.set_adapter("second"), logits(made.eval()))[1]}  # fmt: skip
+
+
+MORE = {f.__name__: f for f in (ia3, norms, conv1d, convolutions, embeddings, biases, classifier, seq2seq, mixed, scales, swapped, half, files)}
