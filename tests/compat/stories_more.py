@@ -19,7 +19,8 @@ X = torch.linspace(-1, 1, 2 * 3 * 8 * 8).view(2, 3, 8, 8)
 def bert() -> Any:
     torch.manual_seed(0)
     config = transformers.BertConfig(
-        vocab_size=96, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, num_labels=3, max_position_embeddings=64
+        vocab_size=96, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, num_labels=3,
+        max_position_embeddings=64,
     )
     return transformers.BertForSequenceClassification(config).eval()
 
@@ -76,6 +77,15 @@ def conv1d(peft: Any, folder: Path) -> dict[str, Any]:
     made = peft.get_peft_model(gpt2(), peft.LoraConfig(r=2, fan_in_fan_out=True, task_type="CAUSAL_LM"))
     fill(made)
     return whole_life(peft, made.eval(), logits, folder, gpt2)
+
+
+def dora(peft: Any, folder: Path) -> dict[str, Any]:
+    config = peft.LoraConfig(r=2, use_dora=True, target_modules=["q_proj", "up_proj"], task_type="CAUSAL_LM")
+    made = peft.get_peft_model(llama(), config).eval()
+    fill(made)
+    layer = made.base_model.model.model.layers[0].mlp.up_proj
+    found = whole_life(peft, made, logits, folder, llama)
+    return found | {"magnitude": layer.lora_magnitude_vector["default"].weight.shape, "use": layer.use_dora}
 
 
 def convolutions(peft: Any, folder: Path) -> dict[str, Any]:
@@ -156,7 +166,8 @@ def mixed(peft: Any, folder: Path) -> dict[str, Any]:
 
 
 def scales(peft: Any, folder: Path) -> dict[str, Any]:
-    made = peft.get_peft_model(llama(), peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj"], alpha_pattern={"layers.1.self_attn.q_proj": 2}))
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj"], alpha_pattern={"layers.1.self_attn.q_proj": 2})
+    made = peft.get_peft_model(llama(), config)
     fill(made)
     made.eval()
     found: dict[str, Any] = {"scaling": [m.scaling["default"] for m in made.modules() if hasattr(m, "lora_A")]}
@@ -167,7 +178,8 @@ def scales(peft: Any, folder: Path) -> dict[str, Any]:
     found |= {"scaled": logits(made), "to": layer.scaling["default"]}
     layer.unscale_layer()
     layer.set_scale("default", 2)
-    found |= {"set": logits(made), "at": layer.scaling["default"], "wrong": refused(lambda: peft.helpers.rescale_adapter_scale(made, "a").__enter__())}
+    found |= {"set": logits(made), "at": layer.scaling["default"],
+              "wrong": refused(lambda: peft.helpers.rescale_adapter_scale(made, "a").__enter__())}  # fmt: skip
     layer.lora_B["default"].weight.data *= 2
     layer.lora_A["default"].weight = torch.nn.Parameter(torch.ones(4, 32))
     return found | {"written": logits(made), "delta": layer.get_delta_weight("default").detach()}
@@ -191,7 +203,9 @@ def half(peft: Any, folder: Path) -> dict[str, Any]:
     wide = peft.get_peft_model(llama(dtype=torch.bfloat16), config())
     thin = peft.get_peft_model(llama(dtype=torch.bfloat16), config(), autocast_adapter_dtype=False)
     double = peft.get_peft_model(llama(dtype=torch.float64), config())
-    found = {k: sorted({str(p.dtype) for n, p in m.named_parameters() if "lora" in n}) for k, m in (("w", wide), ("t", thin), ("d", double))}
+    found: dict[str, Any] = {}
+    for name, made in (("wide", wide), ("thin", thin), ("double", double)):
+        found[name + " of"] = sorted({str(p.dtype) for n, p in made.named_parameters() if "lora" in n})
     fill(double)
     peft.cast_mixed_precision_params(wide, torch.float16)
     frozen = peft.prepare_model_for_kbit_training(llama(dtype=torch.bfloat16))
@@ -215,14 +229,19 @@ def files(peft: Any, folder: Path) -> dict[str, Any]:
     found["newer"] = said(lambda: peft.PeftConfig.from_pretrained(folder / "adapter"))
     config.write_text(text)
     weights = peft.load_peft_weights(str(folder / "adapter"))
-    found |= {"weights": weights, "is": peft.helpers.check_if_peft_model(str(folder / "adapter")), "not": peft.helpers.check_if_peft_model(str(folder))}
+    check = peft.helpers.check_if_peft_model
+    found |= {"weights": weights, "is": check(str(folder / "adapter")), "not": check(str(folder))}
     result = peft.set_peft_model_state_dict(made, {k.replace("layers.0", "layers.9"): v for k, v in weights.items()})
     found["keys"] = (sorted(k for k in result.missing_keys if "lora" in k), sorted(result.unexpected_keys))
     wrong = {k: v[:1] for k, v in weights.items()}
     found["shape"] = refused(lambda: peft.set_peft_model_state_dict(made, wrong))
     return found | {"ignored": said(lambda: peft.set_peft_model_state_dict(made, wrong, ignore_mismatched_sizes=True)),
-                    "base": peft.get_base_model_state_dict(made), "loaded": said(lambda: made.load_adapter(str(folder / "adapter"), "second")),
+                    "base": peft.get_base_model_state_dict(made),
+                    "loaded": said(lambda: made.load_adapter(str(folder / "adapter"), "second")),
                     "second": (made.set_adapter("second"), logits(made.eval()))[1]}  # fmt: skip
 
 
-MORE = {f.__name__: f for f in (ia3, norms, conv1d, convolutions, embeddings, biases, classifier, seq2seq, mixed, scales, swapped, half, files)}
+MORE = {
+    f.__name__: f
+    for f in (ia3, norms, conv1d, dora, convolutions, embeddings, biases, classifier, seq2seq, mixed, scales, swapped, half, files)
+}

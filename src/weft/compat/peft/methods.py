@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import fields, replace
 from typing import Any, get_args, get_type_hints
 
-from weft.adapters.formats import format_named
+from weft.adapters.formats import format_for
 from weft.compat.peft.kinds import as_value_error
 from weft.core import Method
 from weft.methods import LoRA
@@ -27,7 +27,7 @@ def method_of(config: Any, targets: list[str]) -> Method:
         if name in values and isinstance(values[name], int) and values[name] <= 0 and kind != "OFT":
             raise ValueError(f"`r` should be a positive integer value but the value passed is {values[name]}")
     with as_value_error():
-        method = format_named(kind).read(values)
+        method = format_for(values).read(values)
         start = getattr(config, "init_lora_weights", True)
         if isinstance(method, LoRA) and isinstance(start, str):
             start = start.lower()

@@ -24,9 +24,9 @@ COMPATIBLE = (PeftType.LORA, PeftType.ADALORA, PeftType.LOHA, PeftType.LOKR, Pef
 
 def _check(config: PeftConfig) -> None:
     if config.peft_type not in COMPATIBLE:
-        kinds = [k.value for k in COMPATIBLE]
+        kinds, kind = [k.value for k in COMPATIBLE], getattr(config.peft_type, "value", config.peft_type)
         raise ValueError(
-            f"The provided `peft_type` '{getattr(config.peft_type, 'value', config.peft_type)}' is not compatible with the `PeftMixedModel`. Compatible types are: {kinds}"
+            f"The provided `peft_type` '{kind}' is not compatible with the `PeftMixedModel`. Compatible types are: {kinds}"
         )
 
 

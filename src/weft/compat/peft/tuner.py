@@ -189,6 +189,10 @@ class BaseTuner(Front):
                 adapter.to(place)
             if getattr(config, "init_lora_weights", True) is False and self.KIND == PeftType.LORA and hasattr(adapter, "A"):
                 restart(adapter, False)
+                if "m" in adapter._parameters:  # DoRA's magnitude begins as the norm of what the layer computes
+                    made: Any = adapter
+                    with torch.no_grad():
+                        made.m.copy_(made.norm(site).view_as(made.m))
             elif getattr(config, "init_weights", getattr(config, "init_ia3_weights", True)) is False:
                 _randomise(adapter)
         parent, _, last = path.rpartition(".")
