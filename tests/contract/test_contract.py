@@ -35,6 +35,8 @@ METHODS_TRIED: dict[str, Callable[[str], Method]] = {
     "bitfit": lambda m: weft.BitFit(add=m == "llama"),
     "bitfit-add": lambda m: weft.BitFit(add=True, targets="all-linear" if m != "conv" else "all"),
     "ln-tuning": lambda m: weft.LNTuning(targets="first" if m == "conv" else "auto"),
+    "lora-and-modules": lambda m: weft.LoRA(
+        rank=2, alpha=4, targets=LINEAR[m], modules_to_save=dict(llama=("lm_head", "norm"), gpt2="ln_f", plain="norm", conv="first")[m]),
     "dora": lambda m: weft.DoRA(rank=4, alpha=8, targets=LINEAR[m]),
     "dora-embedding-or-conv": lambda m: weft.DoRA(rank=4, targets=EMBED[m], exclude="third" if m == "conv" else (), bias="lora_only"),
     "full": lambda m: weft.Full(),

@@ -9,7 +9,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import nn
 
-from weft.adapters.targets import find
+from weft.adapters.targets import find, whole
 from weft.core import Adapter, Method, Mixture, Replaced, Site, WeftError, activate, close_site, modules, open_site, sites, slot_of
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -32,12 +32,16 @@ def adapt(model: Model, method: Method, name: str = "default") -> Model:
 
 def build(model: nn.Module, method: Method, strict: bool = True) -> dict[str, Adapter]:
     """The adapters that `method` makes for a model, by path, attached to nothing yet. Under `torch.device("meta")` only their shapes."""
-    targets = find(model, method, strict)
+    saved = whole(model, method, strict)
+    targets = {p: m for p, m in find(model, method, strict).items() if p not in saved}
     everything = dict(modules(model))
     also = method.also(everything, targets)
     built = method.build_all({p: cast(Site, m) for p, m in targets.items()})
     for path, which in also.items():
         built[path] = Replaced(cast(Site, everything[path]), which)
+    shared: dict[int, nn.Parameter] = {}  # what the model ties stays tied
+    for path, module in saved.items():
+        built[path] = Replaced(cast(Site, module), [n for n, p in module._parameters.items() if p is not None], shared)
     for adapter in built.values():
         adapter.method = method
     return built

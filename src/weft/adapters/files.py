@@ -8,6 +8,7 @@ import struct
 import warnings
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,8 +18,9 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from weft.adapters.attach import attach, attached, build, check_new, device_of, names
-from weft.adapters.formats import PREFIX, format_for, format_of, key, unknown
-from weft.core import Adapter, WeftError, base_class, modules
+from weft.adapters.formats import OWN, PREFIX, format_for, format_of, key, unknown
+from weft.adapters.targets import whole
+from weft.core import Adapter, WeftError, base_class, modules, several
 
 Model = TypeVar("Model", bound=nn.Module)
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -52,10 +54,14 @@ def save(model: nn.Module, folder: str | os.PathLike[str], name: str | None = No
     adapters = attached(model, name)
     method = next(iter(adapters.values())).method
     format = format_of(type(method))
+    saved = whole(model, method, strict=False)
+    own = {path: a for path, a in adapters.items() if path not in saved}
     config: dict[str, Any] = {
         "auto_mapping": None, "base_model_name_or_path": _origin(model), "inference_mode": True, "peft_type": format.peft_type,
         "revision": None, "task_type": _task(model),
-    } | format.write(method, model, adapters) | next(iter(adapters.values())).__dict__.get("unknown", {})  # fmt: skip
+    } | format.write(method, model, own) | next(iter(adapters.values())).__dict__.get("unknown", {})  # fmt: skip
+    if not format.peft_type.startswith(OWN):
+        config["modules_to_save"] = [m.removeprefix("re:") for m in several(method.modules_to_save)] or None
     if config["task_type"] is None:
         config["auto_mapping"] = {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
     target = Path(folder)
@@ -92,6 +98,8 @@ def load(model: Model, folder: str | os.PathLike[str], name: str = "default") ->
         _check_task(config, model)
         format = format_for(config)
         method = format.read(config)
+        if given := config.get("modules_to_save"):
+            method = replace(method, modules_to_save=tuple(dict.fromkeys(given)))
         with torch.device("meta"):
             built = build(model, method, strict=False)
     except WeftError as e:

@@ -35,7 +35,7 @@ def find(model: nn.Module, method: Method, strict: bool = True) -> dict[str, nn.
             hits = {p for p in able if matcher(target)(p)}
             if not hits and strict:
                 wrong.append(_why(target, everything, able, method))
-        chosen |= hits
+        chosen |= {p for p in hits if method.takes(p)}
     out = [e for e in several(method.exclude) if not any(matcher(e)(p) for p in everything)] if strict else []
     wrong += [f"exclude={e!r} matches no module" for e in out]
     chosen -= {p for p in chosen if any(matcher(e)(p) for e in several(method.exclude))}
@@ -44,6 +44,23 @@ def find(model: nn.Module, method: Method, strict: bool = True) -> dict[str, nn.
         what = "\n  ".join(wrong) or (left if able else f"this model has nothing that {type(method).__name__} can adapt")
         raise WeftError(f"{what}\n{type(method).__name__} can adapt {method.site}. In this model: {listing(able)}")
     return {path: m for path, m in able.items() if path in chosen}
+
+
+def whole(model: nn.Module, method: Method, strict: bool = True) -> dict[str, nn.Module]:
+    """The modules that own parameters at and below what `method.modules_to_save` names. Raises WeftError for a name without a module."""
+    everything = dict(modules(model))
+    tops = {t: [p for p in everything if matcher(t)(p)] for t in several(method.modules_to_save)}
+    if strict and (missing := [t for t, hits in tops.items() if not hits]):
+        ends = sorted({p.rpartition(".")[2] for p in everything if p})
+        near = {t: get_close_matches(t, ends, n=1) for t in missing}
+        raise WeftError("\n".join(
+            f"modules_to_save={t!r} matches no module" + (f"; did you mean {near[t][0]!r}?" if near[t] else "") for t in missing
+        ))  # fmt: skip
+    roots = {p for hits in tops.values() for p in hits}
+    return {
+        path: m for path, m in everything.items()
+        if any(p is not None for p in m._parameters.values()) and any(path == r or path.startswith(f"{r}.") for r in roots)
+    }  # fmt: skip
 
 
 def listing(found: Mapping[str, nn.Module], most: int = 20) -> str:

@@ -26,10 +26,12 @@ class Method(ABC):
             for methods that know it), or one or several of: a name
             ("q_proj", "layers.0.mlp.up_proj": the path or its end), a glob ("*.layers.1?.*"), a regular expression ("re:.*(q|v)_proj").
         exclude: Layers to leave out, written like targets.
+        modules_to_save: Modules trained whole beside the adapters and stored with them, written like targets: a classifier's head, say.
     """
 
     targets: str | tuple[str, ...] = "all-linear"
     exclude: str | tuple[str, ...] = ()
+    modules_to_save: str | tuple[str, ...] = ()
 
     mergeable: ClassVar[bool] = True  # whether layer and adapter together are one plain layer
     default_lr: ClassVar[float] = 2e-4  # the learning rate that `weft train` starts from, for AdamW
@@ -40,7 +42,7 @@ class Method(ABC):
         METHODS[cls.__name__] = cls
 
     def __post_init__(self) -> None:
-        for name in ("targets", "exclude"):  # a list is welcome, but a frozen value must be hashable
+        for name in ("targets", "exclude", "modules_to_save"):  # a list is welcome, but a frozen value must be hashable
             value = getattr(self, name)
             if not isinstance(value, str):
                 object.__setattr__(self, name, tuple(value))
@@ -48,6 +50,10 @@ class Method(ABC):
     @abstractmethod
     def accepts(self, layer: nn.Module) -> bool:
         """Whether this method can adapt such a layer."""
+
+    def takes(self, path: str) -> bool:
+        """Whether a layer that `targets` means is adapted, by its path."""
+        return True
 
     def auto(self, able: Mapping[str, nn.Module], heads: Collection[str]) -> Collection[str]:
         """The paths that targets="auto" means, out of those that this method can adapt; `heads` are those of the output head."""

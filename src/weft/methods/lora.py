@@ -35,6 +35,8 @@ class LoRA(Method):
         init: How A starts: "kaiming" (uniform in ±1/√in) or "gaussian" (standard deviation 1 / rank). B starts at zero.
         bias: Train biases of the base too: "none", "lora_only" (those of the targets) or "all".
         lora_bias: Give B a bias of its own.
+        layers_to_transform: Only the targets inside these layers of the model, by their numbers.
+        layers_pattern: What the list of layers is called ("layers", "h"), where a path has several numbers.
         rank_pattern: Other ranks for some layers: regular expression for the end of the path -> rank; the first match counts.
         alpha_pattern: Other alphas, in the same way.
     """
@@ -47,6 +49,8 @@ class LoRA(Method):
     init: Literal["kaiming", "gaussian"] = "kaiming"
     bias: Literal["none", "lora_only", "all"] = "none"
     lora_bias: bool = False
+    layers_to_transform: tuple[int, ...] | None = None
+    layers_pattern: str | tuple[str, ...] = ()
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
 
@@ -55,6 +59,9 @@ class LoRA(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for name in ("layers_to_transform", "layers_pattern"):
+            value = getattr(self, name)
+            object.__setattr__(self, name, tuple(value) if isinstance(value, list) else (value,) if isinstance(value, int) else value)
         ranks = [self.rank, *self.rank_pattern.values()]
         wrong = [f"a rank of {r}: a rank is a whole number of at least 1" for r in ranks if not isinstance(r, int) or r < 1]
         if not 0 <= self.dropout < 1:
@@ -67,6 +74,13 @@ class LoRA(Method):
 
     def accepts(self, layer: nn.Module) -> bool:
         return is_linear(layer) or isinstance(layer, nn.Embedding) or is_conv(layer)
+
+    def takes(self, path: str) -> bool:
+        if self.layers_to_transform is None:
+            return True
+        names = (self.layers_pattern,) if isinstance(self.layers_pattern, str) else self.layers_pattern or ("[^.]*",)
+        found = next((m for n in names if (m := re.match(rf"(.*\.)?{n}\.(\d+)\.", f"{path}."))), None)
+        return found is not None and int(found[2]) in self.layers_to_transform
 
     def scaled(self, path: str) -> tuple[int, float]:
         """(rank, scale) of the layer at this path."""

@@ -47,6 +47,7 @@ COMMON: dict[str, Field] = {
     "task_type": Field(why="written from the model's class, and compared with it when a file is loaded"),
     "target_modules": Field("targets"),
     "exclude_modules": Field("exclude"),
+    "modules_to_save": Field("modules_to_save"),
     "inference_mode": Field(why="an adapter that is loaded can be trained on"),
     "base_model_name_or_path": Field(why="written from the model; the caller says which base is used"),
     "revision": Field(why="belongs to base_model_name_or_path"),
@@ -70,17 +71,6 @@ def checked(config: Mapping[str, Any], fields: Mapping[str, Field], what: str) -
 def unknown(config: Mapping[str, Any], fields: Mapping[str, Field]) -> dict[str, Any]:
     """The fields that this version does not know and that say something: those of a newer peft. They are kept, and written back."""
     return {k: v for k, v in config.items() if fields and k not in fields and v not in (None, False, [], {})}
-
-
-def targets_of(config: Mapping[str, Any]) -> dict[str, Any]:
-    """target_modules and exclude_modules in weft's words. Raises WeftError if there is none."""
-    given, exclude = config.get("target_modules"), config.get("exclude_modules") or ()
-    if not given:
-        raise WeftError("adapter_config.json names no target_modules")
-    return {
-        "targets": given if given == "all-linear" else f"re:{given}" if isinstance(given, str) else tuple(sorted(given)),
-        "exclude": f"re:{exclude}" if isinstance(exclude, str) else tuple(sorted(exclude)),
-    }
 
 
 def own_format(method: type[Method]) -> Format:

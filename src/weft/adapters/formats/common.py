@@ -9,7 +9,7 @@ from weft.core import WeftError
 
 HARMLESS = {  # where an adapter came from
     "auto_mapping", "base_model_name_or_path", "inference_mode", "peft_type", "peft_version", "revision", "task_type", "runtime_config",
-    "fan_in_fan_out",
+    "fan_in_fan_out", "modules_to_save",
 }  # fmt: skip
 
 

@@ -28,7 +28,7 @@ def _write(method: IA3, model: nn.Module, adapters: Mapping[str, Adapter]) -> di
 
 
 def _read(config: Mapping[str, Any]) -> Method:
-    check(config, {"feedforward_modules", "init_ia3_weights"}, {"modules_to_save": None})
+    check(config, {"feedforward_modules", "init_ia3_weights"}, {})
     inside = config.get("feedforward_modules")
     return IA3(**targets(config), feedforward=names(inside) if inside else ())
 

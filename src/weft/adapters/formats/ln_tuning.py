@@ -21,7 +21,7 @@ def _write(method: LNTuning, model: nn.Module, adapters: Mapping[str, Adapter]) 
 
 
 def _read(config: Mapping[str, Any]) -> Method:
-    check(config, set(), {"modules_to_save": None})
+    check(config, set(), {})
     return LNTuning(**targets(config))
 
 

@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import nn
 
-from weft.adapters.formats.base import COMMON, Field, Format, checked, short_names, targets_of, whole
+from weft.adapters.formats.base import COMMON, Field, Format, checked, short_names, whole
+from weft.adapters.formats.common import targets
 from weft.core import Adapter, Method, Replaced
 from weft.methods import DoRA, LoRA
 from weft.methods.dora import DecomposedConv, DecomposedEmbedding, DecomposedLinear
@@ -40,9 +41,8 @@ FIELDS: dict[str, Field] = COMMON | {
     "alpha_pattern": Field("alpha_pattern"),
     "init_lora_weights": Field("init", why=_START),
     "fan_in_fan_out": Field(why="weft sees from the layer how its weight lies"),
-    "modules_to_save": Field(why="not yet", refused=True),
-    "layers_to_transform": Field(why="not yet", refused=True),
-    "layers_pattern": Field(why="not yet", refused=True),
+    "layers_to_transform": Field("layers_to_transform"),
+    "layers_pattern": Field("layers_pattern"),
     "target_parameters": Field(why="not yet", refused=True),
     "trainable_token_indices": Field(why="not yet", refused=True),
     "alora_invocation_tokens": Field(why="not yet", refused=True),
@@ -71,7 +71,7 @@ def _write_lora(method: LoRA, model: nn.Module, adapters: Mapping[str, Adapter])
         "r": method.rank, "lora_alpha": whole(method.alpha), "lora_dropout": method.dropout, "use_rslora": method.rslora,
         "use_dora": isinstance(method, DoRA), "bias": method.bias, "lora_bias": method.lora_bias,
         "init_lora_weights": method.init == "kaiming" or "gaussian", "target_modules": short_names(model, low_rank),
-        "exclude_modules": None, "modules_to_save": None, "layers_to_transform": None, "rank_pattern": ranks, "alpha_pattern": alphas,
+        "exclude_modules": None, "layers_to_transform": None, "layers_pattern": None, "rank_pattern": ranks, "alpha_pattern": alphas,
         "fan_in_fan_out": any(type(model.get_submodule(p)).__name__.endswith("Conv1D") for p in low_rank),
     }  # fmt: skip
 
@@ -87,6 +87,14 @@ def _patterns(method: LoRA, adapters: Mapping[str, Any]) -> tuple[dict[str, int]
     return {p: r for p, (r, _) in found.items()}, {p: whole(a) for p, (_, a) in found.items()}
 
 
+def _layers(given: Any) -> tuple[int, ...] | None:
+    return None if given in (None, []) else (given,) if isinstance(given, int) else tuple(given)
+
+
+def _names(given: Any) -> str | tuple[str, ...]:
+    return () if not given else given if isinstance(given, str) else tuple(given)
+
+
 def _read_lora(config: Mapping[str, Any]) -> LoRA:
     checked(config, FIELDS, "LoRA")
     kind = DoRA if config.get("use_dora") else LoRA
@@ -94,7 +102,8 @@ def _read_lora(config: Mapping[str, Any]) -> LoRA:
         rank=config.get("r", 8), alpha=float(config.get("lora_alpha", 8)), dropout=float(config.get("lora_dropout", 0.0)),
         rslora=bool(config.get("use_rslora", False)), bias=config.get("bias", "none"), lora_bias=bool(config.get("lora_bias", False)),
         rank_pattern=dict(config.get("rank_pattern") or {}), alpha_pattern=dict(config.get("alpha_pattern") or {}),
-        **targets_of(config),
+        layers_to_transform=_layers(config.get("layers_to_transform")), layers_pattern=_names(config.get("layers_pattern")),
+        **targets(config),
     )  # fmt: skip
 
 
