@@ -185,6 +185,28 @@ def scales(peft: Any, folder: Path) -> dict[str, Any]:
     return found | {"written": logits(made), "delta": layer.get_delta_weight("default").detach()}
 
 
+def weighted(peft: Any, folder: Path) -> dict[str, Any]:
+    made = peft.get_peft_model(llama(), peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")).eval()
+    made.add_adapter("b", peft.LoraConfig(r=4, lora_alpha=3, target_modules=["q_proj", "up_proj"], task_type="CAUSAL_LM"))
+    made.add_adapter("c", peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    fill(made)
+    found: dict[str, Any] = {}
+    for how in ("linear", "cat", "svd", "ties", "magnitude_prune", "ties_svd", "dare_linear", "dare_ties_svd"):
+        torch.manual_seed(1)
+        made.add_weighted_adapter(["default", "b"], [0.7, -0.4], how, combination_type=how, density=0.6)
+        made.set_adapter(how)
+        config = made.peft_config[how]
+        found[how] = (0 if "dare" in how else logits(made), config.r, config.lora_alpha, sorted(config.target_modules))
+    made.add_weighted_adapter(["c"], [2.0], "alone", combination_type="svd")
+    made.set_adapter("alone")
+    found["alone"] = logits(made)
+    add = made.add_weighted_adapter
+    return found | {"errors": [refused(lambda: add(["x"], [1], "y")),
+                               refused(lambda: add(["b", "c"], [1, 1], "y", combination_type="linear")),
+                               refused(lambda: add(["b", "c"], [1, 1], "y", combination_type="wrong")), refused(lambda: add([], [], "y"))],
+                    "trains": [n for n, p in made.named_parameters() if p.requires_grad]}  # fmt: skip
+
+
 def swapped(peft: Any, folder: Path) -> dict[str, Any]:
     def config(r: int) -> Any:
         return peft.LoraConfig(r=r, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
@@ -243,5 +265,7 @@ def files(peft: Any, folder: Path) -> dict[str, Any]:
 
 MORE = {
     f.__name__: f
-    for f in (ia3, norms, conv1d, dora, convolutions, embeddings, biases, classifier, seq2seq, mixed, scales, swapped, half, files)
+    for f in (
+        ia3, norms, conv1d, dora, convolutions, embeddings, biases, classifier, seq2seq, mixed, scales, weighted, swapped, half, files,
+    )  # fmt: skip
 }

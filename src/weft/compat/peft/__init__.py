@@ -83,7 +83,6 @@ from weft.compat.peft.tasks import (
     PeftModelForSequenceClassification,
     PeftModelForTokenClassification,
 )
-from weft.compat.peft.tuner import LoraModel
 from weft.compat.peft.tuners_more import (
     PREFIXES as PEFT_TYPE_TO_PREFIX_MAPPING,
 )
@@ -96,6 +95,7 @@ from weft.compat.peft.tuners_more import (
     LNTuningModel,
     LoHaModel,
     LoKrModel,
+    LoraModel,
     OFTModel,
     TrainableTokensModel,
     VeraModel,

@@ -16,7 +16,7 @@ from weft.compat.peft.defaults import IA3_FEEDFORWARD, TARGETS
 from weft.compat.peft.families import LAYERS, front_class
 from weft.compat.peft.kinds import PeftType, as_value_error
 from weft.compat.peft.layers import BaseTunerLayer, cast_adapter, fronts
-from weft.compat.peft.layers_lora import LoraLayer, mend_fan_in_fan_out, restart
+from weft.compat.peft.layers_lora import mend_fan_in_fan_out, restart
 from weft.compat.peft.methods import method_of
 from weft.compat.peft.switching import delete_adapter, enable, set_adapter, set_requires_grad
 from weft.compat.peft.targets import ExcludedModule, check_found, check_target_module_exists, include_all_linear
@@ -334,7 +334,7 @@ class BaseTuner(Front):
         inside = {id(m) for m in encoder.modules()} if encoder is not None and encoder is not self.model else set()
         handles = []
         for module in self.model.modules():
-            if isinstance(module, LoraLayer | BaseTunerLayer | ModulesToSaveWrapper):
+            if isinstance(module, BaseTunerLayer | ModulesToSaveWrapper):
                 mine = list(names) if id(module) in inside else many
                 handles.append(module.register_forward_pre_hook(_with_names(mine), with_kwargs=True))
         try:
@@ -380,14 +380,6 @@ def _untied(model: Any) -> None:
             "Input and output embeddings are no longer tied after merging. Setting `tie_word_embeddings=False` in the model config.",
             stacklevel=4,
         )
-
-
-class LoraModel(BaseTuner):
-    """LoRA on a model."""
-
-    prefix = "lora_"
-    tuner_layer_cls = LoraLayer
-    KIND = PeftType.LORA
 
 
 def shown_name(module: nn.Module) -> str:

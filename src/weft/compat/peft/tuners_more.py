@@ -1,10 +1,20 @@
-"""`base_model` for the methods beside LoRA."""
+"""`base_model` for each method."""
 
 from __future__ import annotations
 
 from weft.compat.peft import families, layers_lora
 from weft.compat.peft.kinds import PeftType
-from weft.compat.peft.tuner import BaseTuner, LoraModel
+from weft.compat.peft.tuner import BaseTuner
+from weft.compat.peft.weighted import add_weighted_adapter
+
+
+class LoraModel(BaseTuner):
+    """LoRA on a model."""
+
+    prefix = "lora_"
+    tuner_layer_cls = layers_lora.LoraLayer
+    KIND = PeftType.LORA
+    add_weighted_adapter = add_weighted_adapter
 
 
 class AdaLoraModel(LoraModel):
