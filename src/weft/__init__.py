@@ -25,6 +25,8 @@ _HOME = {
     "Full": "weft.methods",
     "adapt": "weft.adapters",
     "combine": "weft.adapters",
+    "convert": "weft.adapters",
+    "extract": "weft.adapters.extract",
     "load": "weft.adapters",
     "merge": "weft.adapters",
     "remove": "weft.adapters",
@@ -42,7 +44,8 @@ _HOME = {
 __all__ = [*sorted(_HOME), "__version__"]
 
 if TYPE_CHECKING:
-    from weft.adapters import adapt, combine, load, merge, remove, rows, save, summary, unmerge, use, using
+    from weft.adapters import adapt, combine, convert, load, merge, remove, rows, save, summary, unmerge, use, using
+    from weft.adapters.extract import extract
     from weft.core import Adapter, Method, Site, WeftError
     from weft.methods import IA3, BitFit, DoRA, Full, LNTuning, LoRA
     from weft.models import load_base, load_tokenizer

@@ -3,6 +3,7 @@
 from weft.adapters.attach import active, adapt, attach, attached, build, names, remove, rows, trainable, use, using
 from weft.adapters.combine import Kept, combine
 from weft.adapters.combine_factors import combine_factors
+from weft.adapters.convert import convert
 from weft.adapters.files import load, read_config, save
 from weft.adapters.merge import merge, unmerge
 from weft.adapters.summary import Summary, summary
@@ -17,6 +18,7 @@ __all__ = [
     "build",
     "combine",
     "combine_factors",
+    "convert",
     "load",
     "merge",
     "names",

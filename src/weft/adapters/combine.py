@@ -132,7 +132,7 @@ def combine(
             if by_element is None:
                 sum_ = stack(each, w)
                 made[path], kept = (sum_, 1.0) if how == "cat" else shorten(sum_, (rank or largest) if how == "svd" else None)
-                norm = float(torch.linalg.matrix_norm(_small(sum_)).square().sum().sqrt())
+                norm = norm_of(sum_)
             else:
                 wanted = by_element([f.dense() for f in each], *arguments)
                 made[path], kept = leading(wanted, rank or largest, crc32(path.encode()))
@@ -174,11 +174,10 @@ def plain_lora(model: nn.Module, made: Mapping[str, Factors], spread: Mapping[st
     return built
 
 
-def _small(f: Factors) -> Tensor:
-    """(groups, rank, rank) with the norm of B A."""
+def norm_of(f: Factors) -> float:
+    """‖B A‖, without forming it."""
     Rb, Ra = torch.linalg.qr(f.B, mode="r")[1], torch.linalg.qr(f.A.mT, mode="r")[1]
-    small: Tensor = Rb @ Ra.mT
-    return small
+    return float((Rb @ Ra.mT).norm())
 
 
 def _biases(parts: Sequence[Any], layer: Site, by_element: Any, arguments: tuple[Any, Any, Any]) -> dict[str, Tensor]:

@@ -51,7 +51,11 @@ def save(model: nn.Module, folder: str | os.PathLike[str], name: str | None = No
         if len(have) != 1:
             raise WeftError(f"which adapter? weft.save(model, folder, name=...): there are {', '.join(map(repr, have)) or 'none'}")
         name = have[0]
-    adapters = attached(model, name)
+    return write(model, attached(model, name), folder)
+
+
+def write(model: nn.Module, adapters: Mapping[str, Adapter], folder: str | os.PathLike[str]) -> Path:
+    """Write built adapters of a model, attached or not; of the model only its shape and its configuration are asked."""
     method = next(iter(adapters.values())).method
     format = format_of(type(method))
     saved = whole(model, method, strict=False)

@@ -70,6 +70,22 @@ def load_base(name: str | Path = "embedded", base: str = "auto", device: str | t
     return model
 
 
+def skeleton(name: str | Path) -> Any:
+    """The model that a folder's configuration describes, without its weights (on torch's meta device). Raises WeftError as `load_base`."""
+    source = resolve(name)
+    if Path(source).is_dir():
+        _check_folder(Path(source))
+    try:
+        cls = _architecture(source)
+        config = transformers.AutoConfig.from_pretrained(source, local_files_only=Path(source).is_dir())
+        with torch.device("meta"):
+            model = cls._from_config(config) if hasattr(cls, "_from_config") else cls.from_config(config)
+    except (OSError, ValueError, KeyError) as e:
+        raise WeftError(f"{name} does not describe a model: {(str(e).strip().splitlines() or [type(e).__name__])[0]}") from e
+    model.config.name_or_path = source if name != "embedded" else name
+    return model
+
+
 def load_tokenizer(name: str | Path = "embedded") -> Any:
     """The tokenizer beside a base. Raises WeftError if there is none."""
     source = resolve(name)
