@@ -18,6 +18,7 @@ _HOME = {
     "Method": "weft.core",
     "Site": "weft.core",
     "DoRA": "weft.methods",
+    "VeRA": "weft.methods",
     "LoRA": "weft.methods",
     "BitFit": "weft.methods",
     "IA3": "weft.methods",
@@ -47,7 +48,7 @@ if TYPE_CHECKING:
     from weft.adapters import adapt, combine, convert, load, merge, remove, rows, save, summary, unmerge, use, using
     from weft.adapters.extract import extract
     from weft.core import Adapter, Method, Site, WeftError
-    from weft.methods import IA3, BitFit, DoRA, Full, LNTuning, LoRA
+    from weft.methods import IA3, BitFit, DoRA, Full, LNTuning, LoRA, VeRA
     from weft.models import load_base, load_tokenizer
     from weft.train import Recipe, fit
 

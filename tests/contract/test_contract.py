@@ -37,6 +37,7 @@ METHODS_TRIED: dict[str, Callable[[str], Method]] = {
     "ln-tuning": lambda m: weft.LNTuning(targets="first" if m == "conv" else "auto"),
     "lora-and-modules": lambda m: weft.LoRA(
         rank=2, alpha=4, targets=LINEAR[m], modules_to_save=dict(llama=("lm_head", "norm"), gpt2="ln_f", plain="norm", conv="first")[m]),
+    "vera": lambda m: weft.VeRA(rank=6, d_initial=1.0, targets=LINEAR[m]),
     "dora": lambda m: weft.DoRA(rank=4, alpha=8, targets=LINEAR[m]),
     "dora-embedding-or-conv": lambda m: weft.DoRA(rank=4, targets=EMBED[m], exclude="third" if m == "conv" else (), bias="lora_only"),
     "full": lambda m: weft.Full(),

@@ -18,7 +18,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from weft.adapters.attach import attach, attached, build, check_new, device_of, names
-from weft.adapters.formats import OWN, PREFIX, format_for, format_of, key, unknown
+from weft.adapters.formats import OWN, PREFIX, Format, format_for, format_of, key, unknown
 from weft.adapters.targets import whole
 from weft.core import Adapter, WeftError, base_class, modules, several
 
@@ -70,12 +70,12 @@ def write(model: nn.Module, adapters: Mapping[str, Adapter], folder: str | os.Pa
         config["auto_mapping"] = {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
-    data = to_bytes(tensors(adapters), metadata={"format": "pt"})
+    data = to_bytes(tensors(adapters, format) | format.give(own), metadata={"format": "pt"})
     write_atomically({target / WEIGHTS: data, target / CONFIG: (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()})
     return target
 
 
-def tensors(adapters: Mapping[str, Adapter]) -> dict[str, Tensor]:
+def tensors(adapters: Mapping[str, Adapter], format: Format) -> dict[str, Tensor]:
     """The tensors of an adapter under their names in the file; a shared one once."""
     found: dict[str, Tensor] = {}
     seen: set[int] = set()
@@ -83,7 +83,7 @@ def tensors(adapters: Mapping[str, Adapter]) -> dict[str, Tensor]:
         for parameter, p in adapter._parameters.items():
             if p is not None and id(p) not in seen:
                 seen.add(id(p))
-                found[key(path, adapter, parameter)] = p.detach().contiguous().cpu()
+                found[key(path, adapter, parameter)] = format.stored(adapter, parameter, p.detach()).contiguous().cpu()
     return found
 
 
@@ -109,7 +109,7 @@ def load(model: Model, folder: str | os.PathLike[str], name: str = "default") ->
     except WeftError as e:
         raise WeftError(f"{source}: {e}") from None
     with _opened(path) as file:
-        wanted = _match(built, file, path, model)
+        wanted = _match(built, file, path, model, format.beside)
         place = {path: device_of(module) for path, module in modules(model) if path in built}
         made: dict[int, nn.Parameter] = {}
         broken: list[str] = []
@@ -123,6 +123,11 @@ def load(model: Model, folder: str | os.PathLike[str], name: str = "default") ->
                 if not made[id(empty)].isfinite().all():
                     broken.append(named)
             adapter._parameters[parameter] = made[id(empty)]
+        for where, adapter in built.items():
+            for named, buffer in adapter._buffers.items():  # state of training, which no file holds
+                if buffer is not None and buffer.is_meta:
+                    adapter._buffers[named] = torch.zeros(buffer.shape, dtype=buffer.dtype, device=place[where])
+        format.take(built, {n: file.get_tensor(n) for n in format.beside if n in set(file.keys())})
     if broken:
         raise WeftError(f"{path} is damaged, or its training diverged:\n  " + "\n  ".join(_lines(broken, "that are not finite")))
     if strange := unknown(config, format.fields):  # plain attributes, which `save` writes back
@@ -197,7 +202,9 @@ def _opened(path: Path) -> Any:
         raise WeftError(f"{path} ({size:,d} bytes) cannot be read: {why} ({e}). Copy or download it again") from None
 
 
-def _match(built: Mapping[str, Adapter], file: Any, path: Path, model: nn.Module) -> list[tuple[str, Adapter, str, str]]:
+def _match(
+    built: Mapping[str, Adapter], file: Any, path: Path, model: nn.Module, beside: tuple[str, ...]
+) -> list[tuple[str, Adapter, str, str]]:
     """(module path, adapter, parameter, name in the file) for all that the adapter needs, or one error with all that does not fit."""
     have = set(file.keys())
     need, missing, shapes = [], [], []
@@ -214,7 +221,7 @@ def _match(built: Mapping[str, Adapter], file: Any, path: Path, model: nn.Module
             if found != tuple(p.shape):
                 shapes.append(f"{named} is {found}; this model with this configuration needs {tuple(p.shape)}")
             need.append((where, adapter, parameter, named))
-    extra = sorted(have - {n for *_, n in need} - set(missing))
+    extra = sorted(have - {n for *_, n in need} - set(missing) - set(beside))
     extra = [e for e in extra if not _copy_of_base(e, model)]
     wrong = _lines(shapes, "of another shape") + _lines(missing, "missing from the file")
     wrong += _lines(extra, "in the file, but belonging to nothing here")

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from weft.core import Adapter, Method, WeftError, modules
 
@@ -23,6 +23,10 @@ class Format:
     read: Callable[[Mapping[str, Any]], Method]
     fields: Mapping[str, Field] = field(default_factory=dict)  # what weft does with each field of peft's configuration
     claims: Callable[[Mapping[str, Any]], bool] = lambda config: True  # which configurations of this type are meant: LORA is several
+    stored: Callable[[Any, str, Tensor], Tensor] = lambda adapter, parameter, tensor: tensor  # one parameter as it stands in the file
+    beside: tuple[str, ...] = ()  # names of tensors that belong to all layers and may stand in the file
+    give: Callable[[Mapping[str, Adapter]], dict[str, Tensor]] = lambda adapters: {}  # those tensors
+    take: Callable[[Mapping[str, Adapter], Mapping[str, Tensor]], None] = lambda adapters, tensors: None  # the reverse
 
 
 @dataclass(frozen=True)
