@@ -122,6 +122,9 @@ def measure(family: str, method: str) -> str:
 def gradients(ours: nn.Module, theirs: Any, base: nn.Module, inputs: dict[str, Tensor], place: Path) -> float:
     """How far the adapter's gradients are apart, tensor by tensor, the worst. peft's are saved as if they were weights, to match names."""
     width = out(base, inputs).shape[1]
+    prompts: list[Tensor] = []  # of P-tuning the file holds what a network made, so that is what has the gradient
+    for network in (m for m in theirs.modules() if isinstance(m, peft.PromptEncoder)):
+        network.register_forward_hook(lambda module, given, made: made.retain_grad() or prompts.append(made))
     for model in (ours, theirs):
         y = out(model, inputs)
         (y[:, -width:] if y.dim() == 3 else y).square().mean().backward()
@@ -129,6 +132,8 @@ def gradients(ours: nn.Module, theirs: Any, base: nn.Module, inputs: dict[str, T
         p.data = torch.zeros_like(p) if p.grad is None else p.grad
     theirs.save_pretrained(place / "gradients")
     wanted = weft.adapters.trainable(weft.load(copy.deepcopy(base), place / "gradients"), "default")
+    if prompts:
+        wanted[".P"] = prompts[0].grad[0]
     whole = torch.cat([g.detach().flatten() for g in wanted.values()]).norm()
     worst = 0.0
     for key, p in weft.adapters.trainable(ours, "mine").items():

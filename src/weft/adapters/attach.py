@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar, cast
+from typing import TypeVar, cast
 
 import torch
 from torch import nn
@@ -62,8 +62,9 @@ def attach(model: nn.Module, built: dict[str, Adapter], name: str) -> None:
 
 
 def device_of(module: nn.Module) -> torch.device:
-    """Where a layer's own parameters are."""
-    return next((p.device for p in module._parameters.values() if p is not None), torch.device("cpu"))
+    """Where a layer's own parameters are, or those of the layers inside it."""
+    own = (p.device for p in module._parameters.values() if p is not None)
+    return next(own, None) or next((p.device for p in module.parameters()), torch.device("cpu"))
 
 
 def check_new(model: nn.Module, name: str) -> None:
@@ -154,7 +155,7 @@ def rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
             slot = slot_of(site)
             here = [n for n in distinct if n in slot]
             owner = [here.index(n) if n in here else -1 for n in names]
-            place = cast(Any, next(iter(slot[here[0]].parameters()))).device if here else None
+            place = next((p.device for n in here for p in slot[n].parameters()), device_of(cast(nn.Module, site))) if here else None
             activate(site, Mixture([slot[n] for n in here], torch.tensor(owner, device=place), path) if here else ())
         yield
     finally:

@@ -101,7 +101,8 @@ def load(model: Model, folder: str | os.PathLike[str], name: str = "default") ->
     try:
         _check_task(config, model)
         format = format_for(config)
-        method = format.read(config)
+        with _opened(path) as file:
+            method = format.told(format.read(config), file.keys())
         if given := config.get("modules_to_save"):
             method = replace(method, modules_to_save=tuple(dict.fromkeys(given)))
         with torch.device("meta"):

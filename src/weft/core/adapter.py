@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ class Adapter(nn.Module):
     """Advice around a frozen layer. Parameters are fp32 masters, made on the CPU so that a seed means the same on every device."""
 
     method: Method  # who built it; set by `adapt` and `load`
+    kin: ClassVar[type[Adapter] | None] = None  # the class whose `mixed` serves rows of several kinds at once; None: its own kind alone
 
     def forward(self, layer: Site | Around, *inputs: Any, **kwargs: Any) -> Any:
         """What the layer now computes; `layer.frozen(*inputs)` is what it computed before."""
@@ -76,7 +77,7 @@ class Mixture:
 
     def __init__(self, adapters: Sequence[Adapter], rows: Tensor, path: str) -> None:
         self.adapters, self.rows, self.path = tuple(adapters), rows, path
-        kinds = {type(a) for a in adapters}
+        kinds = {type(a).kin or type(a) for a in adapters}
         self.kind: type[Adapter] = kinds.pop() if len(kinds) == 1 else Adapter
         self.parameters = tuple(p for a in adapters for p in a.parameters())
         self.cache: dict[Any, Any] = {}  # for `mixed`: whatever it wants to keep from one call to the next

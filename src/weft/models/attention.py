@@ -145,14 +145,22 @@ class _Collect(torch.autograd.Function):
 
 
 @torch.compiler.disable  # the blocks' shapes change with every batch: a compiled region would be compiled anew each time
-def padded(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float | None, window: int | None, dropout: float = 0.0) -> Tensor:
-    """Causal attention within rows. q (T, H, D), k (T, Hkv, D), v (T, Hkv, Dv) -> (T, H, Dv).
+def padded(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float | None, window: int | None, dropout: float = 0.0,
+    cu_keys: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Causal attention within rows. q (T, H, D), k (S, Hkv, D), v (S, Hkv, Dv) -> (T, H, Dv).
 
     Rows are laid out in right-padded blocks of like length; causal attention never looks right, so padding is never seen.
     window: a token sees itself and the window - 1 tokens before it.
+    cu_keys: where rows of keys begin, if they have a prefix; the queries are each row's last.
     """
-    plan = layout_of(cu_seqlens)
-    q, k, v = (_Spread.apply(x, plan.place, plan.size) for x in (q, k, v))
+    plan = layout_of(cu_seqlens if cu_keys is None else cu_keys)
+    own = plan.place
+    if cu_keys is not None:
+        moved = torch.repeat_interleave((cu_keys - cu_seqlens)[1:].long(), cu_seqlens.diff().long(), output_size=len(q))
+        own = plan.place[torch.arange(len(q), device=q.device) + moved]
+    q, k, v = (_Spread.apply(x, place, plan.size) for x, place in ((q, own), (k, plan.place), (v, plan.place)))
     outs, offset = [], 0
     for rows, length in plan.blocks:
         end = offset + rows * length
@@ -165,13 +173,17 @@ def padded(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float | N
         )
         outs.append(out.transpose(1, 2).reshape(rows * length, q.shape[1], v.shape[2]))
         offset = end
-    return _Collect.apply(torch.cat(outs) if len(outs) > 1 else outs[0], plan.place, plan.size)
+    return _Collect.apply(torch.cat(outs) if len(outs) > 1 else outs[0], own, plan.size)
 
 
-def varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int, scale: float | None, window: int | None) -> Tensor:
+def varlen(
+    q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: int, scale: float | None, window: int | None,
+    cu_keys: Tensor | None = None, longest_keys: int | None = None,
+) -> Tensor:  # fmt: skip
     """The same by FlashAttention over the packed tokens as they lie. 16-bit CUDA tensors, equal head sizes up to 256."""
     reach = (-1, 0) if window is None else (window - 1, 0)
-    return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, scale=scale, window_size=reach, **GROUPED)
+    ends = (cu, cu if cu_keys is None else cu_keys, longest, longest_keys or longest)
+    return varlen_attn(q, k, v, *ends, scale=scale, window_size=reach, **GROUPED)
 
 
 def can_varlen(q: Tensor, v: Tensor, dropout: float) -> bool:
@@ -212,28 +224,19 @@ def attend(
     if _watch is not None:
         _watch.saw(attention_mask, sliding_window, packed=cu_seq_lens_q is not None)
     if cu_seq_lens_q is None:
-        return _sdpa(
-            module,
-            query,
-            key,
-            value,
-            attention_mask,
-            dropout=dropout,
-            scaling=scaling,
-            is_causal=is_causal,
-            sliding_window=sliding_window,
-            **kwargs,
-        )
+        kwargs |= {"dropout": dropout, "scaling": scaling, "is_causal": is_causal, "sliding_window": sliding_window}
+        return _sdpa(module, query, key, value, attention_mask, **kwargs)
     asked = [name for name in CANNOT if kwargs.get(name) is not None]
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
-    if asked or not causal or query.shape[0] != 1 or query.shape[2] != key.shape[2]:
+    cu_keys = None if cu_seq_lens_k is cu_seq_lens_q else cu_seq_lens_k
+    if asked or not causal or query.shape[0] != 1 or (query.shape[2] != key.shape[2] and cu_keys is None):
         why = ", ".join(asked) or ("attention that is not causal" if not causal else "a cache or several sequences")
         raise ValueError(f"{type(module).__name__}: a packed batch does not go together with {why}")
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     if can_varlen(q, v, dropout):
-        out = varlen(q, k, v, cu_seq_lens_q, max_length_q, scaling, sliding_window)
+        out = varlen(q, k, v, cu_seq_lens_q, max_length_q, scaling, sliding_window, cu_keys, max_length_k)
     else:
-        out = padded(q, k, v, cu_seq_lens_q, scaling, sliding_window, dropout)
+        out = padded(q, k, v, cu_seq_lens_q, scaling, sliding_window, dropout, cu_keys)
     return out[None], None
 
 

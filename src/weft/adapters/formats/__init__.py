@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from weft.adapters.formats import ia3, ln_tuning, lora, vera
+from weft.adapters.formats import ia3, ln_tuning, lora, prompts, vera
 from weft.adapters.formats.base import OWN, PREFIX, Field, Format, own_format, short_names, unknown
 from weft.core import METHODS, Adapter, Method, WeftError
 
 # A new family of methods: a file beside this one with NAMES and FORMATS, and its name here.
-FAMILIES = (lora, ia3, ln_tuning, vera)
+FAMILIES = (lora, ia3, ln_tuning, vera, prompts)
 NAMES: dict[type[Adapter], dict[str, str]] = {kind: names for family in FAMILIES for kind, names in family.NAMES.items()}
 FORMATS: dict[type[Method], Format] = {method: format for family in FAMILIES for method, format in family.FORMATS.items()}
 
@@ -24,7 +24,10 @@ __all__ = ["FORMATS", "NAMES", "OWN", "PREFIX", "Field", "Format", "format_for",
 def key(path: str, adapter: Adapter, parameter: str) -> str:
     """The name in the file of one parameter of the adapter at `path`."""
     suffix = NAMES.get(type(adapter), {}).get(parameter, parameter)
-    return f"{PREFIX}{path}.{suffix}" if path else f"{PREFIX}{suffix}"
+    if suffix.startswith("/"):  # the whole name
+        return suffix[1:]
+    root = format_of(type(adapter.method)).root
+    return f"{root}{path}.{suffix}" if path else f"{root}{suffix}"
 
 
 def format_of(method: type[Method]) -> Format:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,6 +27,8 @@ class Format:
     beside: tuple[str, ...] = ()  # names of tensors that belong to all layers and may stand in the file
     give: Callable[[Mapping[str, Adapter]], dict[str, Tensor]] = lambda adapters: {}  # those tensors
     take: Callable[[Mapping[str, Adapter], Mapping[str, Tensor]], None] = lambda adapters, tensors: None  # the reverse
+    root: str = PREFIX  # what stands before the paths of layers
+    told: Callable[[Any, Collection[str]], Method] = lambda method, names: method  # which one is meant, with the tensors' names known too
 
 
 @dataclass(frozen=True)
