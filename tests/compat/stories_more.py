@@ -207,6 +207,46 @@ def weighted(peft: Any, folder: Path) -> dict[str, Any]:
                     "trains": [n for n, p in made.named_parameters() if p.requires_grad]}  # fmt: skip
 
 
+def prompts(peft: Any, folder: Path) -> dict[str, Any]:
+    """Without the logits of the virtual tokens, which weft leaves out, and padded on the right: on the left weft moves the positions."""
+    found: dict[str, Any] = {}
+    configs = {
+        "prompt": peft.PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"),
+        "prefix": peft.PrefixTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM"),
+        "projected": peft.PrefixTuningConfig(num_virtual_tokens=2, prefix_projection=True, encoder_hidden_size=12, task_type="CAUSAL_LM"),
+        "encoded": peft.PromptEncoderConfig(num_virtual_tokens=2, encoder_hidden_size=8, task_type="CAUSAL_LM"),
+    }
+    mask = torch.ones_like(IDS)
+    mask[0, -2:] = 0
+    for name, config in configs.items():
+        made = peft.get_peft_model(llama(), config).eval()
+        jolt_all(made)
+        torch.manual_seed(2)
+        with torch.no_grad():
+            for _, p in sorted((n, p) for n, p in made.named_parameters() if "prompt_encoder" in n):
+                p.copy_(torch.randn(p.shape) * 0.3)
+        tell = lambda m: logits(m, attention_mask=mask)[:, -IDS.shape[1] :] * mask[..., None]  # noqa: E731
+        loss = made(input_ids=IDS, attention_mask=mask, labels=IDS.masked_fill(mask == 0, -100)).loss
+        loss.backward()
+        grads = {n: p.grad.clone() for n, p in made.named_parameters() if p.grad is not None}
+        found[name] = {"logits": tell(made), "loss": loss.detach(), "grads": grads, "count": made.get_nb_trainable_parameters(),
+                       "state": peft.get_peft_model_state_dict(made), "names": sorted(set(made.state_dict()) - {"word_embeddings.weight"}), "class": type(made).__name__}  # fmt: skip
+        with made.disable_adapter():
+            found[name]["disabled"] = tell(made)
+        found[name]["generated"] = made.generate(input_ids=IDS, max_new_tokens=4, do_sample=False)
+        made.save_pretrained(folder / name)
+        again = peft.PeftModel.from_pretrained(llama(), folder / name)
+        found[name] |= {"read": tell(again), "config": {k: str(v) for k, v in again.peft_config["default"].to_dict().items()}}
+        made.add_adapter("b", copy.deepcopy(configs[name]))
+        found[name] |= {"still": tell(made), "active": made.active_adapters}
+        made.set_adapter("b")
+        made.delete_adapter("b")
+        found[name]["left"] = tell(made)
+    found["errors"] = [refused(lambda: peft.get_layer_status(made)), refused(lambda: made.set_requires_grad("default")),
+                       refused(lambda: peft.get_peft_model(llama(), peft.PromptTuningConfig(num_virtual_tokens=2)))]  # fmt: skip
+    return found
+
+
 def swapped(peft: Any, folder: Path) -> dict[str, Any]:
     def config(r: int) -> Any:
         return peft.LoraConfig(r=r, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
@@ -263,5 +303,5 @@ def files(peft: Any, folder: Path) -> dict[str, Any]:
                     "second": (made.set_adapter("second"), logits(made.eval()))[1]}  # fmt: skip
 
 
-TOLD = (ia3, norms, conv1d, dora, convolutions, embeddings, biases, classifier, seq2seq, mixed, scales, weighted, swapped, half, files)
+TOLD = (ia3, norms, conv1d, dora, convolutions, embeddings, biases, classifier, seq2seq, mixed, scales, weighted, prompts, swapped, half, files)
 MORE = {f.__name__: f for f in TOLD}

@@ -19,7 +19,7 @@ _CHOSEN_HERE: dict[str, Any] = {
 
 def method_of(config: Any, targets: list[str]) -> Method:
     """The method that a configuration means. Raises FaceError for what weft does not compute."""
-    values: dict[str, Any] = {k: sorted(v) if isinstance(v, set) else v for k, v in config.to_dict().items()}
+    values: dict[str, Any] = {k: sorted(v) if isinstance(v, set) else getattr(v, "value", v) for k, v in config.to_dict().items()}
     values |= {k: v for k, v in _CHOSEN_HERE.items() if k in values}
     kind = getattr(config.peft_type, "value", config.peft_type)
     values |= {"peft_type": kind, "target_modules": targets}

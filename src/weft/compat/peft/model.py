@@ -15,6 +15,7 @@ from transformers.utils import PushToHubMixin
 from weft.compat.peft import status
 from weft.compat.peft.config import DOWNLOAD, PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig
 from weft.compat.peft.kinds import PeftType
+from weft.compat.peft.prompting import Prompting
 from weft.compat.peft.saving import Saving
 from weft.compat.peft.state import load_peft_weights, set_peft_model_state_dict
 from weft.compat.peft.tuner import BaseTuner
@@ -43,7 +44,7 @@ def checkpointing(model: Any) -> bool:
     return True
 
 
-class PeftModel(Saving, PushToHubMixin, Front):
+class PeftModel(Saving, Prompting, PushToHubMixin, Front):
     """A model with adapters.
 
     Args:

@@ -68,6 +68,8 @@ class Saving:
         me: Any = self
         config = self.peft_config[name]
         tensors = get_peft_model_state_dict(me, state_dict=state, adapter_name=name, save_embedding_layers=embeddings)
+        if config.is_prompt_learning:
+            tensors |= me.prompt_network(name)
         if not main:
             return
         folder.mkdir(parents=True, exist_ok=True)
