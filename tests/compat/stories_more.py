@@ -73,6 +73,14 @@ def norms(peft: Any, folder: Path) -> dict[str, Any]:
     return whole_life(peft, made.eval(), logits, folder, llama)
 
 
+def vera(peft: Any, folder: Path) -> dict[str, Any]:
+    made = peft.get_peft_model(llama(), peft.VeraConfig(r=6, target_modules=["q_proj", "v_proj", "up_proj"], task_type="CAUSAL_LM"))
+    found = whole_life(peft, made.eval(), logits, folder, llama)
+    layer = peft.get_peft_model(llama(), peft.VeraConfig(r=6)).base_model.model.model.layers[0].self_attn.q_proj
+    kept = ("moved", "saved", "disabled", "read", "thin", "merged", "plain", "unloaded", "unmerged")
+    return {k: found[k] for k in kept} | {"layer": (repr(layer).partition("(")[0], layer.vera_lambda_d["default"].shape)}
+
+
 def conv1d(peft: Any, folder: Path) -> dict[str, Any]:
     made = peft.get_peft_model(gpt2(), peft.LoraConfig(r=2, fan_in_fan_out=True, task_type="CAUSAL_LM"))
     fill(made)
@@ -230,7 +238,8 @@ def prompts(peft: Any, folder: Path) -> dict[str, Any]:
         loss.backward()
         grads = {n: p.grad.clone() for n, p in made.named_parameters() if p.grad is not None}
         found[name] = {"logits": tell(made), "loss": loss.detach(), "grads": grads, "count": made.get_nb_trainable_parameters(),
-                       "state": peft.get_peft_model_state_dict(made), "names": sorted(set(made.state_dict()) - {"word_embeddings.weight"}), "class": type(made).__name__}  # fmt: skip
+                       "state": peft.get_peft_model_state_dict(made), "names": sorted(set(made.state_dict()) - {"word_embeddings.weight"}),
+                       "class": type(made).__name__}  # fmt: skip
         with made.disable_adapter():
             found[name]["disabled"] = tell(made)
         found[name]["generated"] = made.generate(input_ids=IDS, max_new_tokens=4, do_sample=False)
@@ -303,5 +312,8 @@ def files(peft: Any, folder: Path) -> dict[str, Any]:
                     "second": (made.set_adapter("second"), logits(made.eval()))[1]}  # fmt: skip
 
 
-TOLD = (ia3, norms, conv1d, dora, convolutions, embeddings, biases, classifier, seq2seq, mixed, scales, weighted, prompts, swapped, half, files)
+TOLD = (
+    ia3, norms, vera, conv1d, dora, convolutions, embeddings, biases, classifier, seq2seq, mixed, scales, weighted, swapped, half,
+    files,
+)  # fmt: skip
 MORE = {f.__name__: f for f in TOLD}

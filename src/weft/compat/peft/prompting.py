@@ -141,7 +141,8 @@ class Prompting:
             if p is None or value is None:
                 continue
             if p.shape != value.shape:
-                raise RuntimeError(f"size mismatch for {key('', whole, parameter)}: {tuple(value.shape)} in the file, {tuple(p.shape)} here")
+                name = key("", whole, parameter)
+                raise RuntimeError(f"size mismatch for {name}: {tuple(value.shape)} in the file, {tuple(p.shape)} here")
             p.data.copy_(value)
         me: Any = self
         own = live_names(me, name, me.state_dict())

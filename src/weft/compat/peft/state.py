@@ -15,11 +15,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
 
-from weft.compat.peft.kinds import PeftType
+from weft.adapters.formats import Format, format_of
+from weft.compat.peft.kinds import PeftType, as_value_error
 from weft.compat.peft.layers import BaseTunerLayer
 from weft.compat.peft.targets import SHORTHAND, match_target_against_key
 from weft.compat.peft.wrappers import ModulesToSaveWrapper
-from weft.core import modules
+from weft.core import Adapter, modules
 
 SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME = "adapter_model.safetensors", "adapter_model.bin"
 EMBEDDING_LAYER_NAMES = ("embed_tokens", "lm_head")
@@ -74,21 +75,21 @@ def get_peft_model_state_dict(
         return dict(model.prompt_state(adapter_name))
     found = {file: state[live] for file, live in live_names(model, adapter_name, state).items() if live in state}
     found |= _biases(model, config, state)
-    found |= shared_tensors(model, config, adapter_name)
+    found |= _shared(model, adapter_name)
     found |= _embeddings(model, config, state, save_embedding_layers)
     return found
 
 
-def shared_tensors(model: Any, config: Any, name: str) -> dict[str, Tensor]:
-    """What a method keeps once for all layers and stores beside the model: VeRA's projections."""
-    if config.peft_type != PeftType.VERA or not config.save_projection:
-        return {}
-    for module in model.modules():
-        if isinstance(module, BaseTunerLayer) and name in module.trains:
-            own: Any = module.slot[name]
-            prefix = "base_model." if hasattr(model, "base_model") else ""
-            return {f"{prefix}vera_A": own.A.detach(), f"{prefix}vera_B": own.B.detach()}
-    return {}
+def _of(model: nn.Module, name: str) -> tuple[Format, dict[str, Adapter]] | None:
+    """How an adapter is written, and its parts by path."""
+    parts = {p: m.slot[name] for p, m in model.named_modules() if isinstance(m, BaseTunerLayer) and name in m.trains}
+    return (format_of(type(next(iter(parts.values())).method)), parts) if parts else None
+
+
+def _shared(model: nn.Module, name: str) -> dict[str, Tensor]:
+    """What a method keeps once for all layers and stores beside them: VeRA's projections."""
+    found = _of(model, name)
+    return found[0].give(found[1]) if found else {}
 
 
 def _biases(model: nn.Module, config: Any, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -160,14 +161,20 @@ def set_peft_model_state_dict(
     names = live_names(model, adapter_name, state)
     has_prefix = any(k.startswith("base_model.model.") for k in state)
     put: dict[str, Tensor] = {}
+    beside: dict[str, Tensor] = {}
+    written = _of(model, adapter_name)
+    shared = written[0].beside if written else ()
     for key, value in peft_model_state_dict.items():
         own = key if has_prefix else key.removeprefix("base_model.model.")
         if own.removesuffix(".weight") in names and own not in names:
             own = own.removesuffix(".weight")  # older files gave a name to what is now a bare tensor
-        if own.rpartition(".")[2] in ("vera_A", "vera_B"):
-            _set_shared(model, adapter_name, own.rpartition(".")[2], value)
+        if own in shared:
+            beside[own] = value
             continue
         put[names.get(own, own)] = value
+    if written:
+        with as_value_error():
+            written[0].take(written[1], beside)
     odd = [(k, tuple(v.shape), tuple(state[k].shape)) for k, v in put.items() if k in state and state[k].shape != v.shape]
     if odd and ignore_mismatched_sizes:
         put = {k: v for k, v in put.items() if k not in {o[0] for o in odd}}
@@ -184,16 +191,6 @@ def set_peft_model_state_dict(
             stacklevel=2,
         )
     return result
-
-
-def _set_shared(model: nn.Module, name: str, which: str, value: Tensor) -> None:
-    for module in model.modules():
-        if isinstance(module, BaseTunerLayer) and name in module.trains:
-            own: Any = getattr(module.slot[name], which[-1])
-            if own.is_meta or own.shape != value.shape:
-                raise RuntimeError(f"{which} of the file is {tuple(value.shape)}, and this model needs {tuple(own.shape)}")
-            own.data.copy_(value)
-            return
 
 
 def get_base_model_state_dict(model: nn.Module) -> dict[str, Tensor]:
