@@ -313,7 +313,7 @@ def files(peft: Any, folder: Path) -> dict[str, Any]:
 
 
 TOLD = (
-    ia3, norms, vera, conv1d, dora, convolutions, embeddings, biases, classifier, seq2seq, mixed, scales, weighted, swapped, half,
+    ia3, norms, vera, conv1d, dora, convolutions, embeddings, biases, classifier, seq2seq, mixed, scales, weighted, prompts, swapped, half,
     files,
 )  # fmt: skip
 MORE = {f.__name__: f for f in TOLD}
