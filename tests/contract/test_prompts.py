@@ -82,6 +82,23 @@ def test_padding_changes_nothing_on_either_side(make: Any, method: Method) -> No
     assert torch.allclose(right, want, atol=1e-5) and torch.allclose(left, want, atol=1e-5)
 
 
+def mamba() -> nn.Module:
+    torch.manual_seed(0)
+    return transformers.MambaForCausalLM(transformers.MambaConfig(vocab_size=96, hidden_size=32, num_hidden_layers=2, state_size=4)).eval()
+
+
+def test_a_state_space_model_takes_a_prompt_and_says_why_no_prefix() -> None:
+    model = weft.adapt(mamba(), weft.PromptTuning(tokens=3))
+    ids = again = tokens(2, 7)
+    with torch.no_grad():
+        made = model.generate(ids, **GREEDY)
+        for _ in range(6):
+            again = torch.cat([again, model(again, use_cache=False).logits[:, -1].argmax(-1, keepdim=True)], 1)
+    assert torch.equal(made, again)
+    with pytest.raises(weft.WeftError, match="no attention layer with a cache; PromptTuning needs none"):
+        weft.adapt(mamba(), weft.PrefixTuning())
+
+
 @pytest.mark.parametrize("make", [llama, gpt2, gemma2])
 def test_generation_equals_a_loop_without_cache(make: Any, method: Method) -> None:
     model = weft.adapt(make(), method)

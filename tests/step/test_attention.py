@@ -49,6 +49,25 @@ def test_padded_is_exact(lengths, heads, window):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
 
 
+def own_places(lengths, prefix):
+    """Where rows' own tokens stand behind `prefix` places each."""
+    return torch.cat([torch.arange(n) + sum(lengths[:i]) + prefix * (i + 1) for i, n in enumerate(lengths)])
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.integers(1, 24), min_size=1, max_size=9), st.integers(1, 7), st.sampled_from([None, 1, 3, 50]))
+def test_padded_with_a_prefix_before_the_keys_is_exact(lengths, prefix, window):
+    longer = [n + prefix for n in lengths]
+    q, k, v = qkv(longer, 4, 2, size=6)
+    own = own_places(lengths, prefix)
+    got = attention.padded(q[own], k, v, starts(lengths), 0.3, window, cu_keys=starts(longer))
+    want = written_out(q, k, v, longer, window)[own]
+    torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
+    weight = torch.randn_like(want)
+    for a, b in zip(*(torch.autograd.grad((x * weight).sum(), (q, k, v)) for x in (got, want)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+
+
 def test_gradients_of_gradients():
     lengths = [3, 1, 5]
     cu = starts(lengths)
@@ -83,6 +102,18 @@ def test_varlen_is_the_twin_of_padded(window, groups, dtype):
     weight = torch.randn_like(want)
     for a, b in zip(*(torch.autograd.grad((x.float() * weight).sum(), (q, k, v)) for x in (got, want)), strict=True):
         assert float((a.float() - b.float()).norm()) < 1e-2 * float(b.float().norm())
+
+
+@cuda
+@pytest.mark.parametrize("window", [None, 5])
+def test_varlen_with_a_prefix_is_the_twin_of_padded(window):
+    lengths, prefix = [37, 1, 128, 65, 3], 6
+    longer = [n + prefix for n in lengths]
+    q, k, v = qkv(longer, 8, 4, 64, dtype=torch.bfloat16, device="cuda")
+    q, cu, cu_keys = q[own_places(lengths, prefix).cuda()], starts(lengths, "cuda"), starts(longer, "cuda")
+    got = attention.varlen(q, k, v, cu, max(lengths), 0.3, window, cu_keys, max(longer))
+    want = attention.padded(q.float(), k.float(), v.float(), cu, 0.3, window, cu_keys=cu_keys)
+    assert float((got.float() - want).detach().norm()) < 1e-2 * float(want.detach().norm())
 
 
 @cuda

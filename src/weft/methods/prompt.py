@@ -47,8 +47,9 @@ class Prompt(Virtual):
             return shortened(layer.frozen(**changed), where.width, places, full)
         changed, inserted = grown(layer, call, own, where, key)
         out = layer.frozen(**changed)
-        if getattr(out, "past_key_values", None) is not None:
-            out.past_key_values.weft_prompts = {key, *getattr(out.past_key_values, "weft_prompts", ())}
+        cache = getattr(out, "past_key_values", None) or getattr(out, "cache_params", None)
+        if cache is not None:
+            cache.weft_prompts = {key, *getattr(cache, "weft_prompts", ())}
         return shortened(out, where.width if inserted else 0, None, full)
 
 
