@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from weft.adapters.attach import attach, attached, build, check_new, device_of, names
 from weft.adapters.formats import OWN, PREFIX, Format, format_for, format_of, key, unknown
 from weft.adapters.targets import whole
-from weft.core import Adapter, WeftError, base_class, modules, several
+from weft.core import Adapter, WeftError, base_class, behind, modules, several
 
 Model = TypeVar("Model", bound=nn.Module)
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -46,6 +46,7 @@ def save(model: nn.Module, folder: str | os.PathLike[str], name: str | None = No
     Raises:
         WeftError: unknown or ambiguous name; a disk that is full (what lay there before is untouched).
     """
+    model = behind(model)
     have = names(model)
     if name is None:
         if len(have) != 1:

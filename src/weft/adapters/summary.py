@@ -8,6 +8,7 @@ from torch import nn
 
 from weft.adapters.attach import active, attached, names
 from weft.adapters.targets import listing
+from weft.core import behind
 
 
 @dataclass(frozen=True)
@@ -49,13 +50,13 @@ class Summary:
 
 def summary(model: nn.Module) -> Summary:
     """Parameters of the base and of each adapter, and how many of them train."""
-    working = active(model)
+    working, inner = active(model), behind(model)
     parts, counted = [], 0
     for name in names(model):
         found = attached(model, name)
         own = {id(p): p.numel() for adapter in found.values() for p in adapter.parameters()}
         method = next(iter(found.values())).method
-        layers = listing({path: model.get_submodule(path) for path in found}, most=8)
+        layers = listing({path: inner.get_submodule(path) for path in found}, most=8)
         parts.append(Part(name, type(method).__name__, sum(own.values()), name in working, layers))
         counted += sum(own.values())
     everything = {id(p): p for p in model.parameters()}.values()

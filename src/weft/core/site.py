@@ -85,6 +85,13 @@ class Front(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} stands in front of nothing")
 
 
+def behind(module: nn.Module) -> nn.Module:
+    """A module without the fronts before it."""
+    while isinstance(module, Front):
+        module = module.behind
+    return module
+
+
 class Around:
     """A layer as a further adapter sees it: its `frozen` already holds the adapters before it."""
 
@@ -207,8 +214,7 @@ def modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     stack: list[tuple[str, nn.Module]] = [("", model)]
     while stack:
         path, module = stack.pop()
-        while isinstance(module, Front):
-            module = module.behind
+        module = behind(module)
         if id(module) in seen or isinstance(module, Slot):
             continue
         seen.add(id(module))

@@ -10,6 +10,7 @@ from typing import Any
 
 from weft.compat.peft import (
     absent,
+    bridging,
     config,
     configs,
     configs_lora,
@@ -23,6 +24,7 @@ from weft.compat.peft import (
     mapping,
     mixed,
     model,
+    optimizers,
     places,
     state,
     status,

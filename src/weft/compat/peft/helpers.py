@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from weft.compat.peft.config import PeftConfig
 from weft.compat.peft.layers import fronts
 from weft.compat.peft.layers_lora import LoraLayer
+from weft.compat.peft.switching import set_requires_grad
 
 
 def prepare_model_for_kbit_training(
@@ -127,6 +128,20 @@ def replace_lora_weights_loftq(*args: Any, **kwargs: Any) -> None:
         "replace_lora_weights_loftq works on bitsandbytes layers. "
         "weft.load_base(..., base='nf4') with weft.LoRA(init='loftq') does the same."
     )
+
+
+def transpose(weight: Tensor, fan_in_fan_out: bool) -> Tensor:
+    """A weight as (out, in), however it lies."""
+    return weight.T if fan_in_fan_out else weight
+
+
+def _get_submodules(model: nn.Module, key: str) -> tuple[nn.Module, nn.Module, str]:
+    parent, _, last = key.rpartition(".")
+    return model.get_submodule(parent), model.get_submodule(key), last
+
+
+def _freeze_adapter(model: nn.Module, adapter_name: str) -> None:
+    set_requires_grad(model, adapter_name, False)
 
 
 def find_parameter_name_by_module(model: nn.Module, reference_module: nn.Module) -> str:

@@ -28,6 +28,7 @@ PLACES: dict[str, tuple[str, ...]] = {
     "utils.other": ("helpers", "state", "wrappers", "targets", "config"), "utils.peft_types": ("kinds",), "utils.error": ("kinds",),
     "utils.warning": ("kinds",), "utils.save_and_load": ("state", "config"), "utils.constants": ("defaults", "state", "config", "targets"),
     "utils.integrations": ("absent",), "utils.merge_utils": ("absent",), "utils.hotswap": ("hotswap",),
+    "utils.transformers_weight_conversion": ("bridging",), "optimizers": ("optimizers",),
 }  # fmt: skip
 for _family in ("ia3", "loha", "lokr", "oft", "vera", "ln_tuning", "trainable_tokens"):
     for _part, _source in (("", ("families", "configs", "tuners_more")), (".layer", ("families",)), (".config", ("configs",)),

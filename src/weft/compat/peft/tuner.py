@@ -21,7 +21,7 @@ from weft.compat.peft.methods import method_of
 from weft.compat.peft.switching import delete_adapter, enable, set_adapter, set_requires_grad
 from weft.compat.peft.targets import ExcludedModule, check_found, check_target_module_exists, include_all_linear
 from weft.compat.peft.wrappers import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, base_modules, wrap_whole
-from weft.core import Adapter, Front, base_class, is_conv1d, open_site
+from weft.core import Adapter, Front, base_class, behind, is_conv1d, open_site
 
 DUMMY_MODEL_CONFIG = {"model_type": "custom"}
 
@@ -147,6 +147,8 @@ class BaseTuner(Front):
         autocast: bool = True,
     ) -> None:
         """Build the adapter of `self.peft_config[adapter_name]` on a model. Nothing is changed if that fails."""
+        if "." in adapter_name:
+            raise KeyError(f'module name can\'t contain ".", got: {adapter_name}')
         config = self.peft_config[adapter_name]
         self._check_new_adapter_config(config)
         self._prepare_adapter_config(config, self.get_model_config(model))
@@ -196,7 +198,7 @@ class BaseTuner(Front):
             elif getattr(config, "init_weights", getattr(config, "init_ia3_weights", True)) is False:
                 _randomise(adapter)
         parent, _, last = path.rpartition(".")
-        above = model.get_submodule(_seen(model, parent)) if parent else model
+        above = _seen(model, parent)
         here = cast(nn.Module, above._modules[last])
         front = next((f for f in site.__dict__.get("fronts", ()) if isinstance(f, LAYERS[self.KIND])), None)
         if front is None:
@@ -348,17 +350,12 @@ def _with_names(names: list[str]) -> Any:
     return lambda module, args, kwargs: (args, kwargs | {"adapter_names": names})
 
 
-def _seen(model: nn.Module, path: str) -> str:
-    """The path as the module tree has it, with the fronts on the way."""
-    at, out = model, []
-    for part in path.split("."):
-        out.append(part)
-        at = cast(nn.Module, at._modules[part])
-        while isinstance(at, Front):
-            inner = at.behind
-            out.append(next(n for n, m in at._modules.items() if m is inner))
-            at = inner
-    return ".".join(out)
+def _seen(model: nn.Module, path: str) -> nn.Module:
+    """The base's module at a path, behind all fronts on the way."""
+    at = behind(model)
+    for part in path.split(".") if path else ():
+        at = behind(cast(nn.Module, at._modules[part]))
+    return at
 
 
 def _randomise(adapter: Adapter) -> None:

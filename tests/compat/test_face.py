@@ -1,0 +1,145 @@
+"""What the face does better than peft, and that weft's own functions work on what it made."""
+
+from __future__ import annotations
+
+import io
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import weft
+import weft.compat.peft as face
+from tests.compat.stories import IDS, fill, logits
+from tests.conftest import llama
+
+
+def made(**more: object) -> face.PeftModel:
+    config = face.LoraConfig(r=2, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
+    model = face.get_peft_model(llama(**more), config).eval()
+    fill(model)
+    return model
+
+
+def test_wefts_functions_look_through_the_fronts(tmp_path: Path) -> None:
+    model = made()
+    out = logits(model)
+    assert weft.summary(model).trainable == model.get_nb_trainable_parameters()[0]
+    weft.save(model, tmp_path / "a")
+    with torch.no_grad():
+        assert torch.equal(weft.load(llama(), tmp_path / "a")(IDS).logits, out)
+    with weft.using(model, None):
+        assert not torch.allclose(logits(model), out)
+    weft.merge(model, "default")
+    assert torch.allclose(logits(model), out, atol=1e-5)
+    weft.unmerge(model)
+    assert torch.equal(logits(model), out)
+
+
+@pytest.mark.parametrize("name", ["0", "layers", "q_proj", "self_attn", "default.weight"])
+def test_a_name_of_any_kind_saves_whole(name: str, tmp_path: Path) -> None:
+    model = made()
+    config = face.LoraConfig(r=3, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
+    if "." in name:
+        with pytest.raises(KeyError, match="module name can"):
+            model.add_adapter(name, config)
+        assert list(model.peft_config) == ["default"]
+        return
+    model.add_adapter(name, config)
+    for each in ("default", name):
+        assert len(face.get_peft_model_state_dict(model, adapter_name=each)) == 8
+    fill(model)
+    model.set_adapter(name)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(face.PeftModel.from_pretrained(llama(), tmp_path / name, adapter_name=name)), logits(model))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_adapter_and_no_merge_leave_a_trace(dtype: torch.dtype) -> None:
+    model = made(dtype=dtype)
+    model.base_model.set_requires_grad("default", False)
+    before = {n: (p.clone(), p.requires_grad) for n, p in model.named_parameters()}
+    out = logits(model)
+    with model.disable_adapter():
+        logits(model)
+    model.merge_adapter()
+    with model.disable_adapter():
+        assert torch.equal(logits(model), logits(llama(dtype=dtype)))
+    model.merge_adapter()
+    model.unmerge_adapter()
+    assert torch.equal(logits(model), out)
+    for name, p in model.named_parameters():
+        assert torch.equal(p, before[name][0]) and p.requires_grad == before[name][1], name
+
+
+def test_those_that_are_not_merged_go_on_working() -> None:
+    model = made()
+    model.add_adapter("b", face.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    fill(model)
+    model.base_model.set_adapter(["default", "b"])
+    out = logits(model)
+    model.merge_adapter(adapter_names=["b"])
+    assert torch.allclose(logits(model), out, atol=1e-5)
+    with pytest.warns(UserWarning, match="You are now additionally merging default"):
+        model.merge_adapter(adapter_names=["default"])
+    assert torch.allclose(logits(model), out, atol=1e-5)
+    model.unmerge_adapter()
+    assert torch.equal(logits(model), out)
+
+
+def test_a_model_goes_through_a_pickle_and_a_copy_keeps_its_own() -> None:
+    model, file = made(), io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    again = torch.load(file, weights_only=False)
+    assert torch.equal(logits(again), logits(model))
+    again.base_model.model.model.layers[0].mlp.down_proj.lora_B["default"].weight.data.zero_()
+    assert not torch.equal(logits(again), logits(model))
+
+
+def test_a_failed_adapter_leaves_nothing_behind() -> None:
+    model = made()
+    names, out = list(model.state_dict()), logits(model)
+    with pytest.raises(ValueError, match="not found in the base model"):
+        model.add_adapter("b", face.LoraConfig(target_modules=["nothing"]))
+    with pytest.raises(ValueError, match="weft does not compute"):
+        model.add_adapter("b", face.LoraConfig(target_modules=["q_proj"], use_qalora=True))
+    assert list(model.state_dict()) == names and list(model.peft_config) == ["default"] and torch.equal(logits(model), out)
+
+
+def test_lora_plus() -> None:
+    optimiser = face.optimizers.create_loraplus_optimizer(made(), torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=16)
+    assert [(len(g["params"]), g["lr"]) for g in optimiser.param_groups] == [(4, 1e-3), (0, 1e-6), (4, 16e-3), (0, 16e-3)]
+
+
+INTEGRATION = """
+import warnings; warnings.simplefilter("ignore")
+import weft.compat.peft; weft.compat.peft.install()
+import sys, torch
+from peft import LoraConfig
+from importlib.metadata import version
+from tests.conftest import llama
+assert version("peft") == weft.compat.peft.__version__
+ids = torch.arange(3, 9)[None]
+model = llama()
+model.add_adapter(LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False), adapter_name="a")
+model.save_pretrained(sys.argv[1])
+other = llama()
+other.load_adapter(sys.argv[1], adapter_name="b")
+with torch.no_grad():
+    out = model(ids).logits
+    assert torch.equal(other(ids).logits, out) and other.active_adapters() == ["b"]
+    model.disable_adapters()
+    assert torch.equal(model(ids).logits, llama()(ids).logits)
+    model.enable_adapters()
+    assert torch.equal(model(ids).logits, out)
+print("done")
+"""
+
+
+def test_a_transformers_model_adapts_itself(tmp_path: Path) -> None:
+    """`model.add_adapter` and `model.load_adapter` of transformers, with the face installed as peft."""
+    done = subprocess.run([sys.executable, "-c", INTEGRATION, str(tmp_path)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "done" in done.stdout, done.stderr[-3000:]
