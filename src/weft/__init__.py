@@ -26,6 +26,9 @@ _HOME = {
     "PTuning": "weft.methods",
     "PrefixTuning": "weft.methods",
     "PromptTuning": "weft.methods",
+    "LoHa": "weft.methods",
+    "LoKr": "weft.methods",
+    "OFT": "weft.methods",
     "Full": "weft.methods",
     "adapt": "weft.adapters",
     "combine": "weft.adapters",
@@ -51,7 +54,7 @@ if TYPE_CHECKING:
     from weft.adapters import adapt, combine, convert, load, merge, remove, rows, save, summary, unmerge, use, using
     from weft.adapters.extract import extract
     from weft.core import Adapter, Method, Site, WeftError
-    from weft.methods import IA3, BitFit, DoRA, Full, LNTuning, LoRA, PrefixTuning, PromptTuning, PTuning, VeRA
+    from weft.methods import IA3, OFT, BitFit, DoRA, Full, LNTuning, LoHa, LoKr, LoRA, PrefixTuning, PromptTuning, PTuning, VeRA
     from weft.models import load_base, load_tokenizer
     from weft.train import Recipe, fit
 

@@ -23,6 +23,7 @@ LINEAR = dict(llama="all-linear", gpt2="all-linear", plain="all-linear", conv="a
 EMBED = dict(llama=("embed_tokens", "q_proj"), gpt2=("wpe", "c_fc"), plain=("embed", "up"), conv=("first", "second", "third", "out"))
 SCALED = dict(llama="all-linear", gpt2="all-linear", plain=("up", "down"), conv="all")
 SCALED_INSIDE = dict(llama=("down_proj", "q_proj"), gpt2="mlp.c_proj", plain="down", conv=("second", "third"))
+EVERY = LINEAR | {"conv": "all"}
 METHODS_TRIED: dict[str, Callable[[str], Method]] = {
     "lora": lambda m: weft.LoRA(rank=4, alpha=8, targets=LINEAR[m]),
     "rslora": lambda m: weft.LoRA(rank=4, alpha=3, rslora=True, init="gaussian", targets=LINEAR[m]),
@@ -44,6 +45,12 @@ METHODS_TRIED: dict[str, Callable[[str], Method]] = {
     "prefix-projected": lambda m: weft.PrefixTuning(tokens=3, projection=True, hidden=8),
     "prompt": lambda m: weft.PromptTuning(tokens=3),
     "p-tuning": lambda m: weft.PTuning(tokens=3, hidden=8, encoder="lstm"),
+    "loha": lambda m: weft.LoHa(rank=2, alpha=4, targets=EVERY[m]),
+    "loha-cored": lambda m: weft.LoHa(rank=2, use_effective_conv2d=True, rank_pattern={r".*(up|q_proj|c_fc|out)\w*": 3}, targets=EVERY[m]),
+    "lokr": lambda m: weft.LoKr(rank=2, alpha=4, targets=EVERY[m]),
+    "lokr-cored": lambda m: weft.LoKr(rank=1, decompose_both=True, use_effective_conv2d=True, decompose_factor=4, targets=EVERY[m]),
+    "oft": lambda m: weft.OFT(block_size=4, targets=EVERY[m]),
+    "oft-exact": lambda m: weft.OFT(block_size=0, blocks=2, block_share=True, use_cayley_neumann=False, targets=EVERY[m]),
     "full": lambda m: weft.Full(),
     "full-norms": lambda m: weft.Full(targets=dict(llama="re:.*norm", gpt2="ln_*", plain="norm", conv="first")[m]),
 }

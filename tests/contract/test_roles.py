@@ -79,6 +79,12 @@ def test_every_family_s_blocks_are_found(family: str) -> None:
         (lambda: weft.adapt(Plain(), weft.IA3()), r"targets='auto' .* leaves no layer"),
         (lambda: weft.adapt(llama(), weft.IA3(targets="embed_tokens")), "matches only Embedding"),
         (lambda: weft.adapt(llama(), weft.LoRA(targets="auto")), 'LoRA has no targets="auto"'),
+        (lambda: weft.LoHa(rank=0), "LoHa cannot be built with a rank of 0"),
+        (lambda: weft.LoKr(module_dropout=1.0), "LoKr cannot be built with a module_dropout of 1.0"),
+        (lambda: weft.LoKr(decompose_factor=0), "a decompose_factor of 0"),
+        (lambda: weft.OFT(blocks=4), "either a block_size or a number of blocks"),
+        (lambda: weft.OFT(module_dropout=-1), "a module_dropout of -1"),
+        (lambda: weft.adapt(Plain(), weft.OFT(targets="embed")), "matches only Embedding"),
         (lambda: weft.adapt(nn.Sequential(nn.Linear(2, 2)), weft.LNTuning()), "leaves no layer"),
     ],
 )

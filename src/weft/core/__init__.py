@@ -4,7 +4,7 @@ from weft.core.adapter import Adapter, Mixture
 from weft.core.errors import WeftError
 from weft.core.layers import features, is_conv, is_conv1d, is_linear, logical, numbers
 from weft.core.method import METHODS, Method
-from weft.core.names import matcher, several
+from weft.core.names import by_pattern, matcher, several
 from weft.core.replaced import Replaced
 from weft.core.site import (
     SLOT,
@@ -39,6 +39,7 @@ __all__ = [
     "activate",
     "base_class",
     "behind",
+    "by_pattern",
     "close_site",
     "features",
     "is_conv",

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from fnmatch import fnmatchcase
+from typing import TypeVar
 
 from weft.core.errors import WeftError
+
+T = TypeVar("T")
 
 
 def matcher(target: str) -> Callable[[str], bool]:
@@ -20,6 +23,11 @@ def matcher(target: str) -> Callable[[str], bool]:
     if any(c in target for c in "*?["):
         return lambda path: fnmatchcase(path, target) or fnmatchcase(path, f"*.{target}")
     return lambda path: path == target or path.endswith(f".{target}")
+
+
+def by_pattern(patterns: Mapping[str, T], path: str, default: T) -> T:
+    """The value of the first regular expression that matches the end of a path, as in peft's rank_pattern; else the default."""
+    return next((v for p, v in patterns.items() if re.fullmatch(rf"(.*\.)?({p})", path)), default)
 
 
 def several(given: str | tuple[str, ...]) -> tuple[str, ...]:

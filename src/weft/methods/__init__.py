@@ -5,10 +5,13 @@ from weft.methods.dora import DoRA
 from weft.methods.full import Full
 from weft.methods.ia3 import IA3
 from weft.methods.ln_tuning import LNTuning
+from weft.methods.loha import LoHa
+from weft.methods.lokr import LoKr
 from weft.methods.lora import LoRA
+from weft.methods.oft import OFT
 from weft.methods.prefix import PrefixTuning
 from weft.methods.prompt import PromptTuning
 from weft.methods.ptuning import PTuning
 from weft.methods.vera import VeRA
 
-__all__ = ["IA3", "BitFit", "DoRA", "Full", "LNTuning", "LoRA", "PTuning", "PrefixTuning", "PromptTuning", "VeRA"]
+__all__ = ["IA3", "OFT", "BitFit", "DoRA", "Full", "LNTuning", "LoHa", "LoKr", "LoRA", "PTuning", "PrefixTuning", "PromptTuning", "VeRA"]

@@ -1,42 +1,32 @@
-"""What the configurations of peft's methods have in common: how they name layers, and which fields say nothing about the numbers."""
+"""What the configurations of many of peft's methods have in common: how they name layers, and fields that stand in most of them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
+from weft.adapters.formats.base import Field
 from weft.core import WeftError
 
-HARMLESS = {  # where an adapter came from
-    "auto_mapping", "base_model_name_or_path", "inference_mode", "peft_type", "peft_version", "revision", "task_type", "runtime_config",
-    "fan_in_fan_out", "modules_to_save",
-}  # fmt: skip
+_NOT_YET = Field(why="not yet", refused=True)
+START = Field(why="about how training began: nothing that a trained adapter computes")
+OFTEN: dict[str, Field] = {
+    "layers_to_transform": _NOT_YET,
+    "layers_pattern": _NOT_YET,
+    "fan_in_fan_out": Field(why="weft sees from the layer how its weight lies"),
+    "init_weights": START,
+}
 
 
 def names(given: Any) -> str | tuple[str, ...]:
-    """peft's list of names, regular expression, or "all-linear", as weft writes them. Raises WeftError where there are none."""
-    if not given:
-        raise WeftError("adapter_config.json names no target_modules")
+    """peft's list of names, regular expression, or "all-linear", as weft writes them."""
     if isinstance(given, str):
         return given if given == "all-linear" else f"re:{given}"
-    return tuple(sorted(given))
+    return tuple(sorted(given or ()))
 
 
 def targets(config: Mapping[str, Any]) -> dict[str, Any]:
-    """`targets` and `exclude` of a method, from a configuration's target_modules and exclude_modules."""
-    exclude = config.get("exclude_modules")
-    return {"targets": names(config.get("target_modules")), "exclude": names(exclude) if exclude else ()}
-
-
-def check(config: Mapping[str, Any], read: set[str], neutral: Mapping[str, Any]) -> None:
-    """Raise WeftError, naming every field that changes what is computed in a way that weft does not have.
-
-    Args:
-        read: Fields that the caller understands. neutral: Fields that it accepts only with this value, or empty.
-    """
-    empty: tuple[Any, ...] = (None, False, [], {})
-    wrong = [f"{k}={config[k]!r}" for k, v in neutral.items() if config.get(k, v) != v and config[k] not in empty]
-    known = set(neutral) | HARMLESS | read | {"target_modules", "exclude_modules"}
-    wrong += [f"{k}={config[k]!r} (unknown)" for k in sorted(set(config) - known) if config[k] not in empty]
-    if wrong:
-        raise WeftError(f"this {config.get('peft_type')} adapter uses what weft does not compute: " + ", ".join(wrong))
+    """`targets` and `exclude` of a method, from a configuration's target_modules and exclude_modules. The first must be there."""
+    if not config.get("target_modules"):
+        raise WeftError("adapter_config.json names no target_modules")
+    return {"targets": names(config["target_modules"]), "exclude": names(config.get("exclude_modules"))}

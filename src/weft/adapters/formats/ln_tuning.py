@@ -7,22 +7,21 @@ from typing import Any
 
 from torch import nn
 
-from weft.adapters.formats.base import Format, short_names
-from weft.adapters.formats.common import check, targets
+from weft.adapters.formats.base import COMMON, Format, checked, short_names
+from weft.adapters.formats.common import targets
 from weft.core import Adapter, Method
 from weft.methods import LNTuning
 from weft.methods.ln_tuning import TunedNorm
 
 NAMES: dict[type[Adapter], dict[str, str]] = {TunedNorm: {n: f"ln_tuning_layers.{n}" for n in ("weight", "bias")}}
 
-
 def _write(method: LNTuning, model: nn.Module, adapters: Mapping[str, Adapter]) -> dict[str, Any]:
-    return {"target_modules": short_names(model, adapters), "exclude_modules": None, "modules_to_save": None}
+    return {"target_modules": short_names(model, adapters), "exclude_modules": None}
 
 
 def _read(config: Mapping[str, Any]) -> Method:
-    check(config, set(), {})
+    checked(config, COMMON, "LayerNorm tuning")
     return LNTuning(**targets(config))
 
 
-FORMATS: dict[type[Method], Format] = {LNTuning: Format("LN_TUNING", _write, _read)}
+FORMATS: dict[type[Method], Format] = {LNTuning: Format("LN_TUNING", _write, _read, COMMON)}
