@@ -226,6 +226,9 @@ def test_a_prompt_of_words_is_the_words_themselves(tmp_path: Path) -> None:
         want = model(torch.cat([words, ids], 1)).logits[:, words.shape[1] :]
         weft.adapt(model, weft.PromptTuning(tokens=words.shape[1], init="text", text=text))
         assert torch.allclose(model(ids).logits, want, atol=1e-4)
+        weft.remove(model)
+        weft.adapt(model, weft.PrefixTuning(tokens=words.shape[1], init="text", text=text), "prefix")
+        assert torch.allclose(model(ids).logits, want, atol=1e-4)
     vectors = model.get_input_embeddings().weight
     drawn = trainable(weft.adapt(model, weft.PromptTuning(tokens=5), "drawn"), "drawn")[".P"]
     assert all((vectors == row).all(1).any() for row in drawn.detach())
@@ -252,6 +255,10 @@ def test_mistakes_are_told() -> None:
         model(ids, past_key_values=cache)
     with pytest.raises(weft.WeftError, match="init='text' needs text"):
         weft.adapt(model, weft.PromptTuning(init="text"), "q")
+    with pytest.raises(weft.WeftError, match="needs the bare base"):
+        weft.adapt(model, weft.PrefixTuning(init="vocab"), "q")
+    with pytest.raises(weft.WeftError, match="no projection, which begins by lot"):
+        weft.adapt(model, weft.PrefixTuning(init="vocab", projection=True), "q")
     with pytest.raises(weft.WeftError, match="must be 1 or more"):
         weft.adapt(model, weft.PrefixTuning(tokens=0), "q")
     with pytest.raises(weft.WeftError, match="two dimensions"):

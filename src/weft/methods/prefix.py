@@ -17,16 +17,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from weft.core import Adapter, Method, Site, WeftError, base_class, plain
-from weft.methods.prefix_cache import ahead, new_cache
+from weft.methods.prefix_cache import ahead, new_cache, of_tokens, widened
 from weft.methods.prefix_door import PrefixDoor, attentions
-from weft.methods.virtual import Virtual, check_positions, counts_positions, front, model_of, takes
+from weft.methods.prompt_call import begun_with
+from weft.methods.virtual import Virtual, check_positions, counts_positions, front, model_of
 
 
 class Prefix(Virtual):
     """P (V, 2·layers·heads·size): the key of layer l is block 2l, its value block 2l+1."""
 
-    def __init__(self, method: PrefixTuning, layers: int, heads: int, size: int, twice: bool) -> None:
+    def __init__(self, method: PrefixTuning, layers: int, heads: int, size: int, model: Any) -> None:
         super().__init__()
+        twice = bool(model.config.is_encoder_decoder)
         self.ahead, self.layers, self.heads, self.size, self.twice = method.tokens, layers, heads, size, twice
         width = 2 * layers * heads * size
         if method.projection:
@@ -35,7 +37,10 @@ class Prefix(Virtual):
             self.W1, self.b1 = _linear(heads * size, hidden)
             self.W2, self.b2 = _linear(hidden, width, method.init == "zero")
         else:
-            self.P = nn.Parameter(torch.zeros(method.tokens, width) if method.init == "zero" else torch.randn(method.tokens, width))
+            start = torch.randn(method.tokens, width)
+            if method.init in ("text", "vocab") and not start.is_meta:
+                start = of_tokens(model, begun_with(method, model, method.tokens))
+            self.P = nn.Parameter(torch.zeros_like(start) if method.init == "zero" else start)
 
     def values(self, part: slice = slice(None)) -> Tensor:
         """P, or those of its columns."""
@@ -72,7 +77,7 @@ class Prefix(Virtual):
                     positions = (given.long().cumsum(1) - 1).clamp_min(0)[:, -ids.shape[1] :]
                 call = call | {mask: where.mask(given)}
             elif given is not None:
-                call = call | {mask: _wide(given, where)}
+                call = call | {mask: widened(given, where)}
         if positions is not None:
             call = call | {places: positions + where.shift}
         out = layer.frozen(**call | {"past_key_values": ahead(past, where.width, keeps)})
@@ -82,15 +87,6 @@ class Prefix(Virtual):
             out["past_key_values"] = past
             return out
         return type(out)(**{k: v for k, v in out.items() if k != "past_key_values"})
-
-
-def _wide(given: Any, where: Any) -> Any:
-    """A mask that is made already, (n, 1, queries, keys) or one for each kind of layer, with the prefix in front."""
-    if isinstance(given, dict):
-        return {kind: _wide(one, where) for kind, one in given.items()}
-    if not isinstance(given, Tensor) or given.dim() != 4 or where.lengths is not None:
-        raise WeftError("a prefix needs an attention mask of two dimensions (n, length): 1 for a token, 0 for padding")
-    return F.pad(given, (where.width, 0), value=1 if given.dtype == torch.bool else 0)
 
 
 def _linear(inside: int, outside: int, zero: bool = False) -> tuple[nn.Parameter, nn.Parameter]:
@@ -106,14 +102,18 @@ class PrefixTuning(Method):
         tokens: V, how many places the prefix has (peft's num_virtual_tokens).
         projection: Train it through the paper's small network; what is used and saved is its result.
         hidden: The width of that network; None: that of a layer's keys.
-        init: "normal": N(0, 1), as peft's; "zero".
+        init: "normal": N(0, 1), as peft's; "zero"; "text": the keys and values that the base has for the tokens of `text`, repeated or cut
+            to V, so that it begins as that text in front; "vocab": those of tokens drawn by lot.
+        text, tokenizer: As for PromptTuning.
         targets: The path of the transformers model that is to get it; "": the model itself.
     """
 
     tokens: int = 20
     projection: bool = False
     hidden: int | None = None
-    init: Literal["normal", "zero"] = "normal"
+    init: Literal["normal", "zero", "text", "vocab"] = "normal"
+    text: str | None = None
+    tokenizer: str | None = None
     targets: str | tuple[str, ...] = ""
 
     mergeable: ClassVar[bool] = False
@@ -131,13 +131,16 @@ class PrefixTuning(Method):
         for path, site in layers.items():
             model: Any = plain(site)
             doors = attentions(model)
-            if self.tokens < 1 or not doors or ("past_key_values" not in takes(model) and model.can_generate()):
-                why = "tokens must be 1 or more" if self.tokens < 1 else f"{base_class(model).__name__} has no attention layer with a cache"
-                raise WeftError(f"PrefixTuning at {path or 'the model'}: {why}; PromptTuning needs none")
+            if not doors:
+                raise WeftError(f"PrefixTuning: {base_class(model).__name__} has no attention layer with a cache; PromptTuning needs none")
+            by_lot = self.projection or model.config.is_encoder_decoder
+            if self.tokens < 1 or (self.init == "text" and not self.text) or (self.init in ("text", "vocab") and by_lot):
+                why = "init='text' or 'vocab' takes a decoder and no projection, which begins by lot"
+                raise WeftError(f"PrefixTuning: tokens={self.tokens} must be 1 or more, init='text' needs text='…', and {why}")
             config = model.config.get_text_config(decoder=True)
             heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
             size = getattr(config, "head_dim", None) or getattr(config, "d_kv", None) or config.hidden_size // config.num_attention_heads
-            whole = Prefix(self, len(doors), heads, size, model.config.is_encoder_decoder)
+            whole = Prefix(self, len(doors), heads, size, model)
             made[path] = whole
             for i, (where, (_, name, place)) in enumerate(doors.items()):
                 made[f"{path}.{where}" if path else where] = PrefixDoor(whole, i, name, place)

@@ -9,7 +9,11 @@ import copy
 import sys
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.nn import functional as F
+
+from weft.core import WeftError
 
 
 class Ahead:
@@ -56,3 +60,25 @@ def new_cache(model: Any, keeps: bool) -> Any:
     if model.config.is_encoder_decoder:
         return caches.EncoderDecoderCache(caches.DynamicCache(**config), caches.DynamicCache(**config))
     return caches.DynamicCache(**config)
+
+
+def of_tokens(model: Any, ids: Tensor) -> Tensor:
+    """(V, 2·layers·heads·size): the prefix that is these tokens, (V,) int64: what each layer's cache holds of them."""
+    cache, training = new_cache(model, keeps=True), model.training
+    model.eval()
+    with torch.no_grad():
+        model(input_ids=ids[None].to(model.device), past_key_values=cache, use_cache=True)
+    model.train(training)
+    if any(layer.keys.shape[-2] != len(ids) for layer in cache.layers):
+        raise WeftError("init: a prefix of tokens needs the bare base, weft.use(model, None), and fewer tokens than its sliding window")
+    blocks = [kind[0].transpose(0, 1).flatten(1) for layer in cache.layers for kind in (layer.keys, layer.values)]
+    return torch.cat(blocks, 1).float().cpu()
+
+
+def widened(given: Any, where: Any) -> Any:
+    """A mask that is made already, (n, 1, queries, keys) or one for each kind of layer, with the prefix in front."""
+    if isinstance(given, dict):
+        return {kind: widened(one, where) for kind, one in given.items()}
+    if not isinstance(given, Tensor) or given.dim() != 4 or where.lengths is not None:
+        raise WeftError("a prefix needs an attention mask of two dimensions (n, length): 1 for a token, 0 for padding")
+    return F.pad(given, (where.width, 0), value=1 if given.dtype == torch.bool else 0)

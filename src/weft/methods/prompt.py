@@ -8,7 +8,6 @@ where peft leaves them in (docs/decisions/0007). Of an encoder-decoder the encod
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from weft.core import Adapter, Around, Method, Mixture, Site, WeftError, modules, plain
-from weft.methods.prompt_call import grown, packed, shortened
+from weft.methods.prompt_call import begun_with, grown, packed, shortened
 from weft.methods.virtual import Virtual, called, front
 
 
@@ -140,11 +139,6 @@ class PromptTuning(Method):
         rows, start = self.tokens * self.copies, torch.empty(self.tokens * self.copies, embedding.embedding_dim)
         if start.is_meta or self.init == "random":
             return Prompt(self.tokens, start.normal_(), inside)
-        if self.init == "text":
-            tokenizer = sys.modules["transformers"].AutoTokenizer.from_pretrained(self.tokenizer or model.config.name_or_path)
-            ids = tokenizer(self.text)["input_ids"]
-            chosen = torch.tensor((ids * (rows // len(ids) + 1))[:rows])
-        else:
-            chosen = torch.randint(0, embedding.num_embeddings, (rows,))
+        chosen = begun_with(self, model, rows)
         with torch.no_grad():
             return Prompt(self.tokens, embedding(chosen.to(embedding.weight.device)).float().cpu().clone(), inside)

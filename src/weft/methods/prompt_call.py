@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -15,6 +16,15 @@ def embedded(layer: Any, call: dict[str, Any]) -> Tensor:
     """(n, T, d): the input's own vectors."""
     given = call.get("inputs_embeds")
     return model_of(layer).get_input_embeddings()(call["input_ids"]) if given is None else given  # type: ignore[no-any-return]
+
+
+def begun_with(method: Any, model: Any, rows: int) -> Tensor:
+    """(rows,) the tokens that a prompt begins with: those of `method.text`, repeated or cut, or drawn by lot from the vocabulary."""
+    if method.init == "vocab":
+        return torch.randint(0, model.get_input_embeddings().num_embeddings, (rows,))
+    tokenizer = sys.modules["transformers"].AutoTokenizer.from_pretrained(method.tokenizer or model.config.name_or_path)
+    ids = tokenizer(method.text)["input_ids"]
+    return torch.tensor((ids * (rows // len(ids) + 1))[:rows])
 
 
 def length(past: Any) -> int:
