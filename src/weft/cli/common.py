@@ -74,8 +74,9 @@ def model_arguments(parser: argparse.ArgumentParser, many: bool = True) -> None:
                            help="an adapter's folder; may be given several times")  # fmt: skip
     else:
         group.add_argument("--adapter", metavar="DIR", required=True, help="the adapter's folder")
-    group.add_argument("--base", choices=("auto", "fp32", "bf16", "fp16"), default="auto",
-                       help="number format of the base; auto: bf16 on an accelerator, fp32 on a CPU (default: auto)")  # fmt: skip
+    group.add_argument("--base", metavar="B", default="auto",
+                       help="how the base is stored: fp32, bf16, fp16, nf4, fp4, int8, fp8, or with options nf4:block=128,nested=false; "
+                       "auto: as the file is if that is quantised, else bf16 on an accelerator, fp32 on a CPU (default: auto)")  # fmt: skip
     group.add_argument("--device", default=None, metavar="D", help="cpu, cuda, cuda:1; left out: cuda if there is one")
 
 

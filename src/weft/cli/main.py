@@ -123,7 +123,7 @@ def _judge(e: Exception) -> tuple[str, int]:
     if isinstance(e, OSError) and e.errno in DISK:
         return f"{e.filename or 'writing'}: {e.strerror}", USERS
     if _is(e, "torch", "OutOfMemoryError"):
-        hint = "Try fewer tokens at once (train.tokens), --base bf16, or a smaller model"
+        hint = "Try fewer tokens at once (train.tokens), --base nf4, or a smaller model"
         return f"the device's memory is full: {str(e).splitlines()[0]}\n{hint}", USERS
     first = (str(e).strip().splitlines() or ["no message"])[0]
     return f"a fault in weft: {type(e).__name__}: {first}\nRun again with --debug for the traceback", OURS

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import torch
 import transformers
+import yaml
 from safetensors import SafetensorError
+from torch import Tensor, nn
 from transformers.utils import logging
 
 from weft.core import WeftError
+from weft.models import packed, stream
+from weft.models.shards import Lazy, Shards
+from weft.quant import FORMATS, candidates, computing, format_of, writable
 
 EMBEDDED = Path(__file__).parent / "embedded"
 BASES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # how the frozen weights are stored, 4, 2 and 2 bytes each
@@ -37,24 +44,56 @@ def resolve(name: str | Path) -> str:
     return text
 
 
-def load_base(name: str | Path = "embedded", base: str = "auto", device: str | torch.device | None = None) -> Any:
+def parse_base(base: str) -> tuple[str, dict[str, Any]]:
+    """("nf4", {"block": 128, "nested": False}) from "nf4:block=128,nested=false": how the frozen weights are to be stored.
+
+    Raises:
+        WeftError: an unknown format, an option that it does not have, a value that cannot be.
+    """
+    name, _, text = str(base).partition(":")
+    if name not in ("auto", *BASES, *writable()):
+        raise WeftError(f"base={base!r} is not one of {', '.join(('auto', *BASES, *writable()))}")
+    options: dict[str, Any] = {}
+    for word in filter(None, text.split(",")):
+        key, equals, value = word.partition("=")
+        if not equals:
+            raise WeftError(f"base={base!r}: write options as in nf4:block=128,nested=false")
+        options[key.strip()] = yaml.safe_load(value)
+    if options and name not in FORMATS:
+        raise WeftError(f"base={base!r}: {name} has no options")
+    if name in FORMATS:
+        format_of(name).checked(**options)
+    return name, options
+
+
+def load_base(
+    name: str | Path = "embedded", base: str = "auto", device: str | torch.device | None = None,
+    on_packed: Callable[[str, Tensor, str, dict[str, Tensor]], None] | None = None,
+) -> Any:  # fmt: skip
     """A frozen pretrained model, in evaluation mode.
 
     Args:
         name: A folder with config.json and safetensors, a hub id, or "embedded".
-        base: How the weights are stored: "fp32", "bf16", "fp16", or "auto": bf16 on an accelerator, fp32 on a CPU, where 16-bit products
-            of the backward pass run up to a hundred times slower without special instructions.
+        base: How the weights are stored. "fp32", "bf16", "fp16". "nf4", "fp4", "int8", "fp8": linear layers and experts are packed while
+            the model is read, one tensor at a time, and all else is bf16 (fp32 on a CPU without 16-bit products); options follow a
+            colon, as in "nf4:block=128,nested=false". "auto": as the checkpoint has it if that is quantised; else bf16 on an accelerator
+            and fp32 on a CPU, where 16-bit products of the backward pass run up to a hundred times slower without special instructions.
         device: Where to; None takes the accelerator if there is one.
+        on_packed: Called with name, values, format and packed tensors of every weight that is packed.
     Raises:
-        WeftError: no such folder, no weights, only pickles, weights that do not belong to the configuration, an unknown `base`.
+        WeftError: no such folder, no weights, only pickles, a truncated or missing shard, weights that do not belong to the configuration,
+            that hold NaN or Inf, or that are quantised in a way which weft cannot read; an unknown `base`.
     """
-    if base not in ("auto", *BASES):
-        raise WeftError(f"base={base!r} is not one of auto, {', '.join(BASES)}")
+    kind, options = parse_base(base)
     place = torch.device(device) if device is not None else torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = BASES.get(base) or (torch.float32 if place.type == "cpu" else torch.bfloat16)
+    dtype = BASES.get(kind) or (torch.float32 if place.type == "cpu" else torch.bfloat16)
     source = resolve(name)
     if Path(source).is_dir():
         _check_folder(Path(source))
+    raw = _raw_config(source)
+    method = packed.method_of(raw, name)
+    if method is not None or kind in FORMATS:
+        return _streamed(name, source, method, kind, options, place, on_packed)
     try:
         with _quiet(source):
             cls = _architecture(source)
@@ -66,8 +105,80 @@ def load_base(name: str | Path = "embedded", base: str = "auto", device: str | t
         first = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
         raise WeftError(f"{name} could not be loaded as a model: {first}") from e
     _check_weights(name, info)
-    model = model.to(place).eval().requires_grad_(False)
-    return model
+    return model.to(place).eval().requires_grad_(False)
+
+
+def _streamed(
+    name: str | Path, source: str, method: str | None, kind: str, options: dict[str, Any], place: torch.device,
+    on_packed: Callable[[str, Tensor, str, dict[str, Tensor]], None] | None,
+) -> Any:  # fmt: skip
+    """`load_base` of what is quantised, in the file or from now on."""
+    folder = Path(source) if Path(source).is_dir() else _download(source)
+    shards = Shards(folder)
+    stored, plain = packed.find(shards, method)
+    dtype = BASES.get(kind) or computing(torch.bfloat16, place)
+    state: dict[str, Any] = {key: Lazy(partial(shards.read, key)) for key in plain}
+    state |= {key: Lazy(partial(what.numbers, dtype)) for key, what in stored.items()}
+    keep = kind == "auto" or (kind in {s.base for s in stored.values()} and not options)
+    kinds = sorted({s.base for s in stored.values() if s.base in writable()}) or ["nf4"]
+
+    def wants(model: nn.Module) -> dict[str, list[str]]:
+        if kind in BASES:
+            return {}
+        able = dict(candidates(model))
+        if not keep:
+            return able
+        made = {f"{path}.{n}": (path, n) for path, names in able.items() for n in names}
+        there = set(plain)
+        chosen: dict[str, list[str]] = {}
+        for key, (path, n) in made.items():  # those that a conversion makes from packed ones are packed again
+            if key in stored or (key not in there and stored):
+                chosen.setdefault(path, []).append(n)
+        return chosen
+
+    def pack(key: str, value: Tensor) -> tuple[str, dict[str, Tensor]]:
+        if keep and key in stored:
+            return stored[key].base, {k: t.to(place) for k, t in stored[key].tensors().items()}
+        base = kinds[0] if keep else kind
+        return base, format_of(base).pack(value.to(place), name=key, **options)
+
+    try:
+        with _quiet(str(folder)):
+            config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+            for part in (config, config.get_text_config()):
+                if hasattr(part, "quantization_config"):
+                    del part.quantization_config
+            cls = _architecture(str(folder))
+            if cls is transformers.AutoModelForCausalLM:  # which wants a folder; the class it would choose does not
+                cls = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+            model, info = stream.load(cls, config, state, wants, pack, dtype, on_packed)
+    except (OSError, ValueError, RuntimeError, KeyError) as e:
+        first = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+        raise WeftError(f"{name} could not be loaded as a model: {first}") from e
+    _check_weights(name, info)
+    model.name_or_path = model.config._name_or_path = source
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = transformers.GenerationConfig.from_pretrained(folder, local_files_only=True)
+    return model.to(place).eval().requires_grad_(False)
+
+
+def _raw_config(source: str) -> dict[str, Any]:
+    """config.json as it stands; of a hub id through transformers, whose error the caller's own loading will repeat."""
+    if Path(source).is_dir():
+        found = json.loads((Path(source) / "config.json").read_text(encoding="utf-8"))
+        return found if isinstance(found, dict) else {}
+    try:
+        return dict(transformers.PretrainedConfig.get_config_dict(source)[0])
+    except (OSError, ValueError) as e:
+        raise WeftError(f"{source} could not be loaded as a model: {str(e).strip().splitlines()[0]}") from e
+
+
+def _download(source: str) -> Path:
+    """The folder that a hub id's files are in."""
+    try:
+        return Path(huggingface_hub.snapshot_download(source, allow_patterns=["*.json", "*.safetensors"]))
+    except (OSError, ValueError) as e:
+        raise WeftError(f"{source} could not be downloaded: {str(e).strip().splitlines()[0]}") from e
 
 
 def skeleton(name: str | Path) -> Any:

@@ -15,6 +15,7 @@ import torch
 from weft.core import Method, WeftError
 from weft.data import DataConfig
 from weft.methods import LoRA
+from weft.models import parse_base
 
 
 @dataclass
@@ -108,8 +109,9 @@ class Recipe:
     """Where the rows come from and how they become tokens."""
     model: str = "embedded"
     """The base model: "embedded", a folder, or a hub id."""
-    base: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Number format of the frozen base. "auto": bf16 on CUDA, fp32 on a CPU."""
+    base: str = "auto"
+    """How the frozen base is stored: fp32, bf16, fp16; nf4, fp4, int8 or fp8, packed while it loads, with options as in
+    nf4:block=128,nested=false. "auto": as the checkpoint has it if that is quantised, else bf16 on CUDA and fp32 on a CPU."""
     method: Method = field(default_factory=LoRA)
     """The method and its hyper-parameters, as {name: LoRA, rank: 16} or only LoRA."""
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -132,6 +134,10 @@ def check(recipe: Recipe) -> list[str]:
         if not ok:
             problems.append(text)
 
+    try:
+        parse_base(recipe.base)
+    except WeftError as e:
+        problems.append(f"base: {e}")
     need(t.lr is None or t.lr > 0, f"train.lr: {t.lr} must be above 0 (null takes the method's default)")
     need(t.warmup >= 0, f"train.warmup: {t.warmup} must not be below 0")
     need(0 <= t.lr_end <= 1, f"train.lr_end: {t.lr_end} is a share of train.lr, from 0 to 1")
