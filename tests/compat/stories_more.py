@@ -73,6 +73,36 @@ def norms(peft: Any, folder: Path) -> dict[str, Any]:
     return whole_life(peft, made.eval(), logits, folder, llama)
 
 
+def others(peft: Any, folder: Path) -> dict[str, Any]:
+    """LoHa, LoKr and OFT, and what a LoHa becomes as a LoRA."""
+    found: dict[str, Any] = {}
+    targets = ["q_proj", "up_proj"]
+    configs = {
+        "loha": peft.LoHaConfig(r=2, alpha=3, target_modules=targets, task_type="CAUSAL_LM"),
+        "lokr": peft.LoKrConfig(r=2, target_modules=targets, task_type="CAUSAL_LM"),
+        "oft": peft.OFTConfig(oft_block_size=8, target_modules=targets, task_type="CAUSAL_LM"),
+    }
+    for name, config in configs.items():
+        made = peft.get_peft_model(llama(), config).eval()
+        torch.manual_seed(5)
+        with torch.no_grad():
+            for _, p in sorted((n, p) for n, p in made.named_parameters() if p.requires_grad):
+                p.copy_(torch.randn(p.shape) * 0.2)
+        start = whole_life(peft, made, logits, folder / name, llama)
+        found[name] = {k: v for k, v in start.items() if not (name == "oft" and k in ("modules", "state"))}
+        if name == "loha":
+            made = peft.get_peft_model(llama(), copy.deepcopy(config)).eval()
+            fill(made)
+            with torch.no_grad():
+                for _, p in sorted((n, p) for n, p in made.named_parameters() if p.requires_grad):
+                    p.copy_(torch.randn(p.shape) * 0.2)
+            peft.save_as_lora(folder / "lora", made, 4)
+            as_lora = peft.PeftModel.from_pretrained(llama(), folder / "lora")
+            lora, _ = peft.convert_to_lora(made, 0.9)
+            found["as lora"] = (logits(as_lora), sorted(lora.rank_pattern.values()), refused(lambda m=made: peft.convert_to_lora(m, 1.5)))
+    return found
+
+
 def vera(peft: Any, folder: Path) -> dict[str, Any]:
     made = peft.get_peft_model(llama(), peft.VeraConfig(r=6, target_modules=["q_proj", "v_proj", "up_proj"], task_type="CAUSAL_LM"))
     found = whole_life(peft, made.eval(), logits, folder, llama)
@@ -313,7 +343,8 @@ def files(peft: Any, folder: Path) -> dict[str, Any]:
 
 
 TOLD = (
-    ia3, norms, vera, conv1d, dora, convolutions, embeddings, biases, classifier, seq2seq, mixed, scales, weighted, prompts, swapped, half,
+    ia3, norms, others, vera, conv1d, dora, convolutions, embeddings, biases, classifier, seq2seq, mixed, scales, weighted, prompts,
+    swapped, half,
     files,
 )  # fmt: skip
 MORE = {f.__name__: f for f in TOLD}

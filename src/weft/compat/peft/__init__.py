@@ -51,6 +51,7 @@ from weft.compat.peft.configs import (
     VeraConfig,
 )
 from weft.compat.peft.configs_lora import AdaLoraConfig, ArrowConfig, EvaConfig, LoftQConfig, LoraConfig, LoraGAConfig, LoraRuntimeConfig
+from weft.compat.peft.conversion import convert_to_lora, save_as_lora
 from weft.compat.peft.helpers import (
     cast_mixed_precision_params,
     prepare_model_for_kbit_training,

@@ -52,6 +52,9 @@ class LycorisLayer(BaseTunerLayer):
         self.r[name], self.alpha[name] = config.r, config.alpha
         self.rank_dropout[name], self.module_dropout[name] = config.rank_dropout, config.module_dropout
 
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        return True
+
     def set_scale(self, adapter: str, scale: float) -> None:
         """Scale an adapter's update by this factor over its own."""
         if adapter in self.trains:

@@ -174,7 +174,7 @@ class PeftModel(Saving, Prompting, PushToHubMixin, Front):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         with self._enable_peft_forward_hooks(*args, **kwargs):
-            return self.get_base_model()(*args, **{k: v for k, v in kwargs.items() if k not in SPECIAL})
+            return self.base_model(*args, **{k: v for k, v in kwargs.items() if k not in SPECIAL})
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own `generate`; `adapter_names` gives each row an adapter of its own ("__base__": none)."""

@@ -18,9 +18,10 @@ PLACES: dict[str, tuple[str, ...]] = {
     "tuners": ("tuner", "tuners_more", "configs", "configs_lora"),
     "tuners.tuners_utils": ("tuner", "layers", "targets", "switching", "helpers"),
 
-    "tuners.lora": ("layers_lora", "configs_lora", "tuners_more"), "tuners.lora.layer": ("layers_lora",),
+    "tuners.lora": ("layers_lora", "configs_lora", "tuners_more", "conversion"), "tuners.lora.layer": ("layers_lora",),
     "tuners.lora.model": ("tuners_more",),
-    "tuners.lora.config": ("configs_lora",), "tuners.adalora": ("layers_lora", "configs_lora", "tuners_more"),
+    "tuners.lora.config": ("configs_lora",), "tuners.lora.conversion": ("conversion",),
+    "tuners.adalora": ("layers_lora", "configs_lora", "tuners_more", "conversion"),
     "tuners.adalora.layer": ("layers_lora",), "tuners.adalora.config": ("configs_lora",), "tuners.adalora.model": ("tuners_more",),
     "tuners.mixed": ("mixed",), "tuners.mixed.model": ("mixed",),
     "tuners.prefix_tuning": ("configs",), "tuners.prompt_tuning": ("configs",), "tuners.p_tuning": ("configs",),

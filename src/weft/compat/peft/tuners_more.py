@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from weft.compat.peft import families, layers_lora
 from weft.compat.peft.kinds import PeftType
+from weft.compat.peft.layers import fronts
 from weft.compat.peft.tuner import BaseTuner
 from weft.compat.peft.weighted import add_weighted_adapter
+from weft.core import Adapter
 
 
 class LoraModel(BaseTuner):
@@ -22,6 +26,22 @@ class AdaLoraModel(LoraModel):
 
     tuner_layer_cls = layers_lora.AdaLoraLayer
     KIND = PeftType.ADALORA
+
+    def _parts(self) -> dict[str, Adapter]:
+        name = self.active_adapters[0]
+        return {p: m.slot[name] for p, m in self.model.named_modules() if isinstance(m, layers_lora.AdaLoraLayer) and name in m.trains}
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        out = self.model(*args, **kwargs)
+        if getattr(out, "loss", None) is not None and self.training and not any(f.disable_adapters for f in fronts(self.model)):
+            out.loss = out.loss + sum(adapter.penalty() for adapter in self._parts().values())
+        return out
+
+    def update_and_allocate(self, global_step: int) -> None:
+        """Share the ranks out again: to be called after every optimiser step, before the gradients are cleared; steps count from 1."""
+        parts = self._parts()
+        config = self.peft_config[self.active_adapters[0]]
+        next(iter(parts.values())).method.after_step(parts, global_step - 1, config.total_step)
 
 
 class IA3Model(BaseTuner):
