@@ -78,6 +78,7 @@ def weft_step(batch: Any, device: str) -> Any:
         loss.backward()
         flat.clip(1.0)
         optimiser.step(LR)
+        flat.zero_grad()
         return loss.item()
 
     return step

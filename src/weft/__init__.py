@@ -18,6 +18,7 @@ _HOME = {
     "Method": "weft.core",
     "Site": "weft.core",
     "DoRA": "weft.methods",
+    "AdaLoRA": "weft.methods",
     "VeRA": "weft.methods",
     "LoRA": "weft.methods",
     "BitFit": "weft.methods",
@@ -54,7 +55,7 @@ if TYPE_CHECKING:
     from weft.adapters import adapt, combine, convert, load, merge, remove, rows, save, summary, unmerge, use, using
     from weft.adapters.extract import extract
     from weft.core import Adapter, Method, Site, WeftError
-    from weft.methods import IA3, OFT, BitFit, DoRA, Full, LNTuning, LoHa, LoKr, LoRA, PrefixTuning, PromptTuning, PTuning, VeRA
+    from weft.methods import IA3, OFT, AdaLoRA, BitFit, DoRA, Full, LNTuning, LoHa, LoKr, LoRA, PrefixTuning, PromptTuning, PTuning, VeRA
     from weft.models import load_base, load_tokenizer
     from weft.train import Recipe, fit
 

@@ -39,6 +39,7 @@ METHODS_TRIED: dict[str, Callable[[str], Method]] = {
     "lora-and-modules": lambda m: weft.LoRA(
         rank=2, alpha=4, targets=LINEAR[m], modules_to_save=dict(llama=("lm_head", "norm"), gpt2="ln_f", plain="norm", conv="first")[m]),
     "vera": lambda m: weft.VeRA(rank=6, d_initial=1.0, targets=LINEAR[m]),
+    "adalora": lambda m: weft.AdaLoRA(rank=4, target_rank=2, targets=LINEAR[m]),
     "dora": lambda m: weft.DoRA(rank=4, alpha=8, targets=LINEAR[m]),
     "dora-embedding-or-conv": lambda m: weft.DoRA(rank=4, targets=EMBED[m], exclude="third" if m == "conv" else (), bias="lora_only"),
     "prefix": lambda m: weft.PrefixTuning(tokens=3),

@@ -1,5 +1,6 @@
 """One PEFT method a file: the paper, the equation, the hyper-parameters, the module."""
 
+from weft.methods.adalora import AdaLoRA
 from weft.methods.bitfit import BitFit
 from weft.methods.dora import DoRA
 from weft.methods.full import Full
@@ -14,4 +15,4 @@ from weft.methods.prompt import PromptTuning
 from weft.methods.ptuning import PTuning
 from weft.methods.vera import VeRA
 
-__all__ = ["IA3", "OFT", "BitFit", "DoRA", "Full", "LNTuning", "LoHa", "LoKr", "LoRA", "PTuning", "PrefixTuning", "PromptTuning", "VeRA"]
+__all__ = ["IA3", "OFT", "AdaLoRA", "BitFit", "DoRA", "Full", "LNTuning", "LoHa", "LoKr", "LoRA", "PTuning", "PrefixTuning", "PromptTuning", "VeRA"]

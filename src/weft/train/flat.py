@@ -74,11 +74,10 @@ class AdamW:
         self.torch = torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=eps, weight_decay=weight_decay, fused=True)
 
     def step(self, lr: float) -> None:
-        """One update at learning rate `lr` (times each group's ratio) with the gradient that stands in the buffer, then zero it."""
+        """One update at learning rate `lr` (times each group's ratio) with the gradient that stands in the buffer."""
         for group in self.torch.param_groups:
             group["lr"] = lr * group["ratio"]
         self.torch.step()
-        self.flat.zero_grad()
 
     def state(self) -> dict[str, Tensor]:
         """Masters and moments, each (size,) fp32, and the number of updates, () fp32. Views, not copies."""

@@ -26,5 +26,6 @@ def train(run: Run) -> None:
         norm = flat.clip(config.clip)
         lr = learning_rate(run.state.step, run.steps, run.peak, config)
         run.optimiser.step(lr)
-        run.method.after_step(run.adapters, run.state.step, run.steps)
+        run.method.after_step(run.adapters, run.state.step, run.steps)  # it may still want the gradients
+        flat.zero_grad()
         run.stepped(group, loss, norm, lr)

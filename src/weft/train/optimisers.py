@@ -103,7 +103,7 @@ class AdamW8bit:
 
     @torch.no_grad()
     def step(self, lr: float) -> None:
-        """One update at learning rate `lr` (times each group's ratio) with the gradient that stands in the buffer, then zero it."""
+        """One update at learning rate `lr` (times each group's ratio) with the gradient that stands in the buffer."""
         self.steps += 1
         (b1, b2), t = self.betas, self.steps
         for (ratio, p), (first, root) in zip(self.flat.groups, self.moments, strict=True):
@@ -117,7 +117,6 @@ class AdamW8bit:
                 part.addcdiv_(m, (r / (1 - b2**t) ** 0.5).add_(self.eps), value=-lr * ratio / (1 - b1**t))
                 first.write(start, m)
                 root.write(start, r)
-        self.flat.zero_grad()
 
     def state(self) -> dict[str, Tensor]:
         """Masters (size,) fp32; of both moments of every group codes (blocks·256,) uint8 and scales (blocks,) fp32; the updates done."""
@@ -154,7 +153,7 @@ class AdamWOffload:
 
     @torch.no_grad()
     def step(self, lr: float) -> None:
-        """One update at learning rate `lr` (times each group's ratio) with the gradient that stands in the buffer, then zero it."""
+        """One update at learning rate `lr` (times each group's ratio) with the gradient that stands in the buffer."""
         work = [(i, start, end) for i, (_, p) in enumerate(self.flat.groups) for start, end in _pieces(p.numel())]
         here = self._fetch(0, *work[0])
         for k, (i, start, end) in enumerate(work):
@@ -164,7 +163,6 @@ class AdamWOffload:
             self._put_back(i, start, end, here[0])
             here = coming if coming is not None else here
         self.steps += 1
-        self.flat.zero_grad()
 
     def _fetch(self, k: int, i: int, start: int, end: int) -> tuple[Tensor, Any]:
         """(2, piece) of both moments on the device, in slot k % 2, and the event after which they are there."""
@@ -226,11 +224,10 @@ class AdamWPaged:
         self.theirs = kind(groups, lr=0.0, betas=betas, eps=eps, weight_decay=weight_decay)
 
     def step(self, lr: float) -> None:
-        """One update at learning rate `lr` (times each group's ratio) with the gradient that stands in the buffer, then zero it."""
+        """One update at learning rate `lr` (times each group's ratio) with the gradient that stands in the buffer."""
         for group in self.theirs.param_groups:
             group["lr"] = lr * group["ratio"]
         self.theirs.step()
-        self.flat.zero_grad()
 
     def state(self) -> dict[str, Tensor]:
         """Masters (size,), both moments of every group, fp32, and the updates done; no moments before the first."""
