@@ -77,7 +77,8 @@ def run(folder: Path, **overrides: Any) -> Result:
 
 def start(folder: Path, overrides: dict[str, Any], limit: int = resource.RLIM_INFINITY) -> BaseProcess:
     """`run` in a process of its own, which cannot write files beyond `limit` bytes."""
-    os.environ["PYTHONPATH"] = str(Path(__file__).parent)  # Python 3.11's fork server knows no other way to this module
+    paths = [str(Path(__file__).parent), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(paths))  # Python 3.11's fork server knows no other way to this module
     process = CONTEXT.Process(target=child, args=(folder, overrides, limit))
     process.start()
     return process
