@@ -22,10 +22,14 @@ from _common import save
 
 import weft
 from weft.adapters import attached
-from weft.data import DataConfig, demo, load_rows, pack, prepare
+from weft.data import DataConfig, demo, load_rows, pack, pad, prepare
+from weft.kernels.fp8_gemm import both_layouts, can_fp8, fp8_linear, quantise_rows
+from weft.kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
 from weft.kernels.low_rank import low_rank_add, low_rank_add_reference
 from weft.models import attention
 from weft.step import loss_sum
+from weft.step import prepare as prepare_step
+from weft.step.check import bounds, differences, measure
 from weft.train import EvalConfig, Recipe, TrainConfig
 
 CHECKS: list[dict[str, Any]] = []
@@ -122,6 +126,66 @@ def packed() -> None:
         )
 
 
+def fused_loss() -> None:
+    """The head and its loss without logits, against all logits in fp64."""
+    for dtype, bound in ((torch.float32, 1e-4), (torch.bfloat16, 2e-2)):
+        for tokens, width, vocabulary in ((1, 64, 257), (333, 256, 4099), (1500, 1024, 32001)):
+            h = torch.randn(tokens, width, device=DEVICE, dtype=dtype, requires_grad=True)
+            W = (torch.randn(vocabulary, width, device=DEVICE) * width**-0.5).to(dtype)
+            targets = torch.randint(0, vocabulary, (tokens,), device=DEVICE)
+            targets[1::3] = -100
+            exact = h.detach().double().requires_grad_()
+            want = linear_cross_entropy_reference(exact, W.double(), targets)
+            want.backward()
+            got = linear_cross_entropy(h, W, targets, rows=256)
+            got.backward()
+            worst = max(distance(got, want), distance(h.grad, exact.grad))
+            check(f"linear_cross_entropy {dtype} {tokens}×{width}→{vocabulary}: loss and gradient", worst, bound)
+
+
+def fp8() -> None:
+    """fp8 products against the same fp8 numbers multiplied in fp32 (the twin), and against the weight before rounding."""
+    if not can_fp8(torch.device(DEVICE)):
+        return
+    for tokens, inside, outside in ((1, 64, 32), (257, 512, 1040), (1000, 4096, 1024)):
+        x = torch.randn(tokens, inside, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
+        W, g = (torch.randn(s, device=DEVICE, dtype=torch.bfloat16) for s in ((outside, inside), (tokens, outside)))
+        held = both_layouts(W)
+        y = fp8_linear(x, *held)
+        (dx,) = torch.autograd.grad(y, x, g)
+        for what, got, operand, w, scale, plain in (("y", y, x, held[0], held[1], x @ W.T), ("dX", dx, g, held[2], held[3], g @ W)):
+            q, s = quantise_rows(operand.detach())
+            twin = (q.float() * s) @ (w.float() * scale.T).T
+            check(f"fp8_linear {tokens}×{inside}→{outside}: {what} against its twin", distance(got, twin), 1e-2)
+            check(f"fp8_linear {tokens}×{inside}→{outside}: {what} against bf16", distance(got, plain), 6e-2)
+
+
+def fast_step() -> None:
+    """The whole fast step at every level of memory against the plain step, on the embedded base: full and packed rows."""
+    tokenizer = weft.load_tokenizer("embedded")
+    with tempfile.TemporaryDirectory() as folder:
+        path, _ = demo.write("records", folder, train=23, held_out=1)
+        examples = prepare(load_rows(str(path)), tokenizer, DataConfig(train=str(path)), progress=False).examples
+    for base in ("fp32", "bf16"):
+        for rows, level in (("packed", 1.0), ("padded", 1.0), ("packed", 0.4), ("padded", 0.0), ("packed", -1.0)):
+            model = weft.load_base("embedded", base=base, device=DEVICE)
+            assert attention.use(model), attention.reason(model)
+            weft.adapt(model, weft.LoRA(rank=8)).train()
+            batch = (pack if rows == "packed" else pad)(examples).to(DEVICE)
+            said: list[str] = []
+            fast = prepare_step(model, batch, weft.adapters.trainable(model, "default"), memory=max(level, 0.0), say=said.append)
+            if level < 0:
+                fast.install(level)
+                _, worst, wrong = differences(
+                    measure(lambda: fast.loss(batch), weft.adapters.trainable(model, "default")),
+                    measure(lambda: loss_sum(model, batch), weft.adapters.trainable(model, "default")), bounds(model)[1],
+                )  # fmt: skip
+                said += wrong
+            print("\n".join([*said, *fast.said]))
+            check(f"fast step, {base}, {rows}, {level} of the activations kept: agrees", float(bool(said)), 0.0)
+            fast.close()
+
+
 def training() -> None:
     """Twenty steps on the GPU against twenty on the CPU, in fp32."""
     tokenizer, losses = weft.load_tokenizer("embedded"), {}
@@ -154,9 +218,9 @@ def tests() -> dict[str, Any]:
 
 def main() -> int:
     torch.backends.cuda.matmul.allow_tf32 = False
-    for part in (low_rank, adapters, packed, training):
+    for part in (low_rank, fused_loss, fp8, adapters, packed, fast_step, training):
         part()
-    pytest = tests()
+    pytest = tests() if "--no-tests" not in sys.argv else {"ok": True, "closing": "left out"}
     ok = all(c["ok"] for c in CHECKS) and pytest["ok"]
     print(save("gpu_check", {"ok": ok, "checks": CHECKS, "tests": pytest}))
     return 0 if ok else 1

@@ -1,7 +1,8 @@
-"""One training step's arithmetic: forward and loss."""
+"""One training step's arithmetic: forward and loss, on the plain path and on the fast one."""
 
 from __future__ import annotations
 
+from weft.step.fast import Fast, prepare
 from weft.step.loss import loss_sum
 
-__all__ = ["loss_sum"]
+__all__ = ["Fast", "loss_sum", "prepare"]

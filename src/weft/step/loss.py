@@ -7,6 +7,8 @@ the whole step, which the loop knows (`batch.n_targets`) before the first forwar
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
@@ -15,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from weft.core import WeftError
+from weft.kernels.linear_cross_entropy import linear_cross_entropy
 from weft.models import attention
 
 
@@ -30,18 +33,62 @@ class Batch(Protocol):
     lengths: tuple[int, ...]
 
 
-def loss_sum(model: nn.Module, batch: Batch) -> Tensor:
+def loss_sum(model: nn.Module, batch: Batch, head: nn.Linear | None = None) -> Tensor:
     """Sum of the cross-entropies over the batch's targets; a scalar in fp32 (fp64 if the logits are), in nats.
 
     model: a transformers causal language model, or any module with `model(input_ids)` -> logits (n, T, V) or an object with `.logits`.
     A packed batch needs `weft.models.attention.use(model)` to have said True; else WeftError.
     Where the model's forward takes `logits_to_keep`, its head runs only at positions that have a target.
+    head: the model's frozen output head, when `fusible` found that logits are what it returns and nothing else: then the logits are
+    never formed (`weft.kernels.linear_cross_entropy`).
     """
+    if head is not None:
+        with _passing(head):
+            hidden, targets = _logits(model, batch)
+        return linear_cross_entropy(hidden.flatten(0, -2), head.weight, targets.flatten(), head.bias)
     logits, targets = _logits(model, batch)
     if logits.dtype in (torch.bfloat16, torch.float16):
         logits = logits.float()
-    # What comes after the hidden states is these two lines: a fused linear cross-entropy, which never forms the logits, takes their place.
     return F.cross_entropy(logits.flatten(0, -2), targets.flatten(), ignore_index=-100, reduction="sum")
+
+
+def fusible(model: nn.Module) -> nn.Linear | None:
+    """The output head, if the model's logits are exactly what it returns: no adapter on it, not trained, no softcap or scale behind it.
+
+    Found by trying: with a head that hands its input on, the model must return that very tensor.
+    """
+    find = getattr(_inner(model), "get_output_embeddings", None)
+    head = find() if find is not None else None
+    if not isinstance(head, nn.Linear) or getattr(head, "plan", None) is not None or not head.weight.is_floating_point():
+        return None
+    if head.weight.requires_grad or head.weight.is_meta or head._forward_hooks or head._forward_pre_hooks:
+        return None
+    ids = torch.zeros(1, 2, dtype=torch.int64, device=head.weight.device)
+    training = [m for m in model.modules() if m.training]
+    model.eval()
+    try:
+        with torch.no_grad(), _passing(head) as seen:
+            out = _tensor(model(ids, use_cache=False) if "use_cache" in accepts(model) else model(ids))
+    finally:
+        for module in training:
+            module.training = True
+    return head if len(seen) == 1 and out is seen[0] else None
+
+
+@contextmanager
+def _passing(head: nn.Module) -> Iterator[list[Tensor]]:
+    """The head hands on what it is given; the list holds it."""
+    seen: list[Tensor] = []
+
+    def hand_on(h: Tensor) -> Tensor:
+        seen.append(h)
+        return h
+
+    head._compiled_call_impl = hand_on
+    try:
+        yield seen
+    finally:
+        head._compiled_call_impl = None
 
 
 def _logits(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:

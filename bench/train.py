@@ -1,0 +1,326 @@
+"""LoRA training on Llama shapes with random weights, weft beside peft, peft + liger and unsloth, each row in a process of its own.
+
+    python bench/train.py [--rows "8B bf16, most speed" ...] [--seconds 560]
+
+For each row: tokens a second, TFLOP/s at 4·P·T (forward and dX; a frozen base needs no dW, and recomputation is not credited) plus
+attention, as a share of a matrix product sustained for seconds in the same run, peak and static memory, seconds to the first step, and
+the loss after 20 steps on one fixed batch stream. A program that is not installed is named as such. Needs one CUDA device.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+os.environ.update(HF_HUB_OFFLINE="1", UNSLOTH_DISABLE_STATISTICS="1", TOKENIZERS_PARALLELISM="false")
+SHAPES = {
+    "0.6B": dict(hidden_size=1024, intermediate_size=3072, num_hidden_layers=28, num_attention_heads=16, num_key_value_heads=8,
+                 head_dim=128, vocab_size=151936, tie_word_embeddings=True),
+    "1B": dict(hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32, num_key_value_heads=8, head_dim=64,
+               vocab_size=128256, tie_word_embeddings=True),
+    "8B": dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8,
+               head_dim=128, vocab_size=128256, tie_word_embeddings=False),
+    "tiny": dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
+                 vocab_size=512, tie_word_embeddings=True),
+}  # fmt: skip
+BATCH, LENGTH, RANK, STEPS, LR = 4, 2048, 16, 20, 1e-4
+# name of the row -> (shape, base, memory, kind of rows, method); in the order of their importance
+ROWS: dict[str, tuple[str, str, float, str, str]] = {
+    "8B bf16, most speed": ("8B", "bf16", 1.0, "full", "LoRA"),
+    "8B bf16, least memory": ("8B", "bf16", -1.0, "full", "LoRA"),
+    "8B bf16, layers recomputed": ("8B", "bf16", 0.0, "full", "LoRA"),
+    "8B fp8, most speed": ("8B", "fp8", 1.0, "full", "LoRA"),
+    "1B bf16, most speed": ("1B", "bf16", 1.0, "full", "LoRA"),
+    "0.6B bf16, most speed": ("0.6B", "bf16", 1.0, "full", "LoRA"),
+    "1B bf16, short masked rows": ("1B", "bf16", 1.0, "short", "LoRA"),
+    "8B DoRA": ("8B", "bf16", 1.0, "full", "DoRA"),
+    "8B bf16, in between": ("8B", "bf16", 0.5, "full", "LoRA"),
+    "8B nf4, least memory": ("8B", "nf4", 0.0, "full", "LoRA"),
+}
+SIDES = ("weft", "peft+liger", "peft")
+
+
+def counts(shape: str) -> tuple[int, float]:
+    """(parameters that multiply a token, attention's FLOPs of one training step over one token at LENGTH, causal)."""
+    c = SHAPES[shape]
+    d, ff, layers, vocabulary = c["hidden_size"], c["intermediate_size"], c["num_hidden_layers"], c["vocab_size"]
+    q, kv = c["num_attention_heads"] * c["head_dim"], c["num_key_value_heads"] * c["head_dim"]
+    return layers * (2 * d * q + 2 * d * kv + 3 * d * ff) + d * vocabulary, 3 * layers * 2 * 2 * LENGTH * q / 2
+
+
+def base(shape: str, device: str) -> Any:
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16 if device == "cuda" else torch.float32)
+    with torch.device(device):
+        model = LlamaForCausalLM(LlamaConfig(**SHAPES[shape], max_position_embeddings=8192, rms_norm_eps=1e-5))
+    torch.set_default_dtype(torch.float32)
+    return model.requires_grad_(False)
+
+
+def lengths_of(kind: str) -> list[int]:
+    """Row lengths of one micro-batch: full rows, or about as many tokens in short ones (spread as chat data is)."""
+    if kind == "full":
+        return [LENGTH] * BATCH
+    import random
+
+    rng, out = random.Random(0), []
+    while sum(out) < BATCH * LENGTH - 400:
+        out.append(min(800, max(24, int(rng.lognormvariate(5.0, 0.7)))))
+    return out
+
+
+def batches(kind: str, vocabulary: int, n: int) -> list[Any]:
+    """n micro-batches of weft's kind. Short rows: the first two thirds of each row are a prompt and bear no loss."""
+    import numpy as np
+
+    from weft.data import Example, pack, pad
+
+    rng, made = np.random.default_rng(0), []
+    for _ in range(n):
+        examples = []
+        for i, length in enumerate(lengths_of(kind)):
+            bears = np.arange(length) >= (1 if kind == "full" else 2 * length // 3)
+            examples.append(Example(ids=rng.integers(0, vocabulary, length).astype(np.int32), bears=bears, row=i))
+        made.append(pad(examples) if kind == "full" else pack(examples))
+    return made
+
+
+def weft_side(shape: str, fmt: str, memory: float, kind: str, method: str, device: str) -> tuple[Any, Any]:
+    import torch
+
+    import weft
+    from weft.models import attention
+    from weft.step import prepare
+    from weft.train.flat import Flat
+
+    model = base(shape, device)
+    if fmt == "fp8":
+        from weft.step.fp8 import compute_in_fp8
+        from weft.step.regions import repeated
+
+        print(f"{compute_in_fp8(model, repeated(model))} linear layers in fp8")
+        torch.cuda.empty_cache()
+    elif fmt != "bf16":
+        from weft.quant import quantise_
+
+        quantise_(model, fmt)
+    if kind != "full":
+        assert attention.use(model), attention.reason(model)
+    torch.manual_seed(0)
+    made = getattr(weft, method)(rank=RANK, alpha=RANK)
+    weft.adapt(model, made)
+    model.train()
+    parameters = weft.adapters.trainable(model, "default")
+    flat = Flat(parameters, made.lr_scale)
+    groups = [p for _, p in flat.groups]
+    optimiser = torch.optim.AdamW(groups, lr=LR, weight_decay=0.0, fused=True)
+    static = torch.cuda.memory_allocated() if device == "cuda" else 0
+    given = [b.to(device) for b in batches(kind, SHAPES[shape]["vocab_size"], STEPS)]
+    if kind == "full":  # what a loader hands over for rows without padding
+        from dataclasses import replace
+
+        given = [replace(b, attention_mask=None) for b in given]
+    started = time.perf_counter()
+    fast = prepare(model, given[0], parameters, memory=memory, varying=kind != "full", compile=device == "cuda", say=print)
+
+    def step(i: int) -> Any:
+        loss = fast.loss(given[i]) / given[i].n_targets
+        loss.backward()
+        flat.clip(1.0)
+        optimiser.step()
+        flat.zero_grad()
+        return loss.detach()
+
+    return step, {"static": static, "prepare_s": time.perf_counter() - started, "path": fast.describe(), "said": fast.said,
+                  "trainable": sum(p.numel() for p in parameters.values())}  # fmt: skip
+
+
+def peft_side(side: str, shape: str, fmt: str, memory: float, kind: str, method: str) -> tuple[Any, Any]:
+    import peft
+    import torch
+
+    if "liger" in side:
+        from liger_kernel.transformers import apply_liger_kernel_to_llama
+
+        apply_liger_kernel_to_llama()
+    model = base(shape, "cuda")
+    if memory <= 0:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.enable_input_require_grads()
+    model.config.use_cache = False
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    torch.manual_seed(0)
+    config = peft.LoraConfig(r=RANK, lora_alpha=RANK, target_modules=targets, task_type="CAUSAL_LM", use_dora=method == "DoRA")
+    model = peft.get_peft_model(model, config).train()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimiser = torch.optim.AdamW(parameters, lr=LR, weight_decay=0.0, fused=True)
+    static = torch.cuda.memory_allocated()
+    given = []
+    for b in batches(kind, SHAPES[shape]["vocab_size"], STEPS):  # short rows padded, as peft's users do
+        width = max(b.lengths)
+        ids, mask, labels = (torch.full((len(b.lengths), width), fill) for fill in (0, 0, -100))
+        flat_ids, flat_targets, at = b.input_ids.flatten(), b.targets.flatten(), 0
+        for i, n in enumerate(b.lengths):
+            ids[i, :n], mask[i, :n] = flat_ids[at : at + n], 1
+            labels[i, 1:n] = flat_targets[at : at + n - 1]
+            at += n
+        given.append({"input_ids": ids.cuda(), "labels": labels.cuda()} | ({} if kind == "full" else {"attention_mask": mask.cuda()}))
+
+    def step(i: int) -> Any:
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = model(**given[i]).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
+        return loss.detach()
+
+    return step, {"static": static, "trainable": sum(p.numel() for p in parameters)}
+
+
+def sustained() -> dict[str, float]:
+    """TFLOP/s of a bf16 product over two seconds, and of its first fifth of a second."""
+    import torch
+
+    a = torch.randn(8192, 4096, device="cuda", dtype=torch.bfloat16)
+    b = torch.randn(4096, 14336, device="cuda", dtype=torch.bfloat16)
+
+    def rate(seconds: float) -> float:
+        torch.cuda.synchronize()
+        started, done = time.perf_counter(), 0
+        while time.perf_counter() - started < seconds:
+            for _ in range(20):
+                a @ b
+            torch.cuda.synchronize()
+            done += 20
+        return done * 2 * 8192 * 4096 * 14336 / (time.perf_counter() - started) / 1e12
+
+    return {"burst": rate(0.2), "sustained": rate(2.5)}
+
+
+def alone(row: str, side: str, device: str, profile: bool) -> dict[str, Any]:
+    """One row on one side, in this process."""
+    import torch
+
+    shape, fmt, memory, kind, method = ROWS[row] if row in ROWS else ("tiny", "bf16", float(row), "full", "LoRA")
+    cuda = device == "cuda"
+    began = time.perf_counter()
+    if side == "weft":
+        step, facts = weft_side(shape, fmt, memory, kind, method, device)
+    else:
+        step, facts = peft_side(side, shape, fmt, memory, kind, method)
+    built = time.perf_counter() - began
+    losses, times = [], []
+    for i in range(STEPS):
+        started = time.perf_counter()
+        losses.append(step(i))
+        if cuda:
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - started)
+    seconds = statistics.median(times[6:])
+    ours = batches(kind, SHAPES[shape]["vocab_size"], 1)[0]
+    parameters, attention = counts(shape)
+    tokens = ours.n_tokens
+    flops = 4 * parameters * tokens + (attention * tokens if kind == "full" else 0)
+    result = {
+        "row": row, "side": side, "tokens": tokens, "targets": ours.n_targets, "step_ms": seconds * 1e3, "tokens_per_s": tokens / seconds,
+        "targets_per_s": ours.n_targets / seconds, "tflops": flops / seconds / 1e12, "first_loss": float(losses[0]),
+        "loss": float(losses[-1]), "first_step_s": facts.get("prepare_s", 0.0) + times[0], "build_s": built,
+        "peak_gb": torch.cuda.max_memory_allocated() / 1e9 if cuda else None, "static_gb": facts["static"] / 1e9,
+        "trainable": facts["trainable"], "path": facts.get("path"), "said": facts.get("said"), "times_ms": [round(t * 1e3, 1) for t in times],
+    }  # fmt: skip
+    if profile and cuda:
+        result["kernels_ms"] = kernels(step)
+    return result
+
+
+def kernels(step: Any) -> dict[str, float]:
+    """Milliseconds a step by kernel, the longest first."""
+    import collections
+
+    import torch
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as profiler
+
+    with profiler(activities=[ProfilerActivity.CUDA]) as seen:
+        for i in range(3):
+            step(i)
+        torch.cuda.synchronize()
+    total: collections.Counter[str] = collections.Counter()
+    for event in seen.events():
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            total[event.name[:90]] += event.device_time / 3e3
+    return {"all": round(sum(total.values()), 1)} | {k: round(v, 2) for k, v in total.most_common(25)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--rows", nargs="*", default=list(ROWS))
+    parser.add_argument("--sides", nargs="*", default=list(SIDES))
+    parser.add_argument("--seconds", type=float, default=1e9, help="start no further row after this long")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--alone", nargs=2, metavar=("ROW", "SIDE"))
+    args = parser.parse_args()
+    if args.alone:
+        if args.alone[0] == "gemm":
+            print("RESULT " + json.dumps(sustained()))
+            return
+        try:
+            result = alone(*args.alone, args.device, args.profile)
+        except Exception as e:  # one row's failure is a result, told as such
+            result = {"row": args.alone[0], "side": args.alone[1], "error": f"{type(e).__name__}: {e}"[:600], "at": traceback.format_exc()[-900:]}
+        print("RESULT " + json.dumps(result))
+        return
+    from _common import save
+
+    began, rows = time.perf_counter(), []
+    gemm = run("gemm", "", args)
+    for row in args.rows:
+        for side in args.sides:
+            if missing := absent(side):
+                rows.append({"row": row, "side": side, "error": f"{missing} is not installed"})
+            elif side != "weft" and ROWS[row][1] != "bf16":
+                continue
+            elif time.perf_counter() - began > args.seconds:
+                rows.append({"row": row, "side": side, "error": "not run: out of time"})
+            else:
+                rows.append(run(row, side, args))
+                if "tflops" in rows[-1] and "sustained" in gemm:
+                    rows[-1]["share_of_limit"] = rows[-1]["tflops"] / gemm["sustained"]
+            print(json.dumps({k: v for k, v in rows[-1].items() if k not in ("times_ms", "kernels_ms")}), flush=True)
+            if "kernels_ms" in rows[-1]:
+                print(json.dumps(rows[-1]["kernels_ms"]), flush=True)
+            save("train", {"gemm_tflops": gemm, "batch": f"{BATCH} x {LENGTH}", "rank": RANK, "rows": rows},
+                 ("torch", "transformers", "peft", "liger_kernel", "triton"))  # fmt: skip
+
+
+def run(row: str, side: str, args: Any) -> dict[str, Any]:
+    command = [sys.executable, __file__, "--alone", row, side, "--device", args.device] + ["--profile"] * args.profile
+    done = subprocess.run(command, capture_output=True, text=True)
+    found = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    print("\n".join(line for line in done.stdout.splitlines() if not line.startswith("RESULT ")), end="", flush=True)
+    result: dict[str, Any] = json.loads(found[-1][7:]) if found else {"row": row, "side": side, "error": done.stderr[-600:]}
+    return result
+
+
+def absent(side: str) -> str:
+    needed = {"peft": ["peft"], "peft+liger": ["peft", "liger_kernel"], "unsloth": ["unsloth"]}.get(side, [])
+    return ", ".join(n for n in needed if importlib.util.find_spec(n) is None)
+
+
+if __name__ == "__main__":
+    main()

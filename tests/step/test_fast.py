@@ -1,0 +1,125 @@
+"""The fast path of a step against the plain one: loss and gradients, with every layer compiled, recomputed, or neither."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import weft
+from tests.step.test_loss import build, rows
+from weft.core import WeftError
+from weft.data import pack, pad
+from weft.kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
+from weft.kernels.fp8_gemm import both_layouts, fp8_linear
+from weft.models import attention
+from weft.step import loss_sum, prepare
+from weft.step.loss import fusible
+from weft.step.regions import repeated
+
+
+@pytest.mark.parametrize(("n", "d", "V", "rows", "bias"), [(1, 3, 5, 1, False), (37, 16, 97, 10, True), (128, 33, 1001, 128, False)])
+def test_linear_cross_entropy(n, d, V, rows, bias):
+    torch.manual_seed(n)
+    h, W = torch.randn(n, d, dtype=torch.float64, requires_grad=True), torch.randn(V, d, dtype=torch.float64)
+    b = torch.randn(V, dtype=torch.float64) if bias else None
+    targets = torch.randint(0, V, (n,))
+    targets[1::3] = -100
+    want = linear_cross_entropy_reference(h, W, targets, b)
+    (g,) = torch.autograd.grad(want, h)
+    for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, 1e-4), (torch.bfloat16, 3e-2)):
+        x = h.detach().to(dtype).requires_grad_()
+        got = linear_cross_entropy(x, W.to(dtype), targets, None if b is None else b.to(dtype), rows)
+        (3 * got).backward()
+        assert got.dtype == torch.promote_types(dtype, torch.float32)
+        assert abs(got.item() - want.item()) <= tolerance * want.item()
+        assert (x.grad.double() / 3 - g).norm() <= tolerance * g.norm()
+
+
+def test_a_head_that_is_trained_gets_its_gradient():
+    h, W = torch.randn(9, 4), torch.randn(7, 4, requires_grad=True)
+    linear_cross_entropy(h, W, torch.arange(9) % 7).backward()
+    assert W.grad is not None
+
+
+@pytest.mark.parametrize(("tokens", "inside", "outside"), [(1, 16, 32), (33, 48, 16), (130, 256, 80)])
+def test_fp8_linear(tokens, inside, outside):
+    """Against plain products; 3 bits of mantissa on both sides leave about 4% of the result's size."""
+    torch.manual_seed(tokens)
+    W, x = torch.randn(outside, inside), torch.randn(2, tokens, inside, requires_grad=True)
+    y = fp8_linear(x, *both_layouts(W))
+    want = x @ W.T
+    assert (y - want).norm() <= 0.06 * want.norm()
+    g = torch.randn_like(y)
+    (got,) = torch.autograd.grad(y, x, g)
+    assert (got - g @ W).norm() <= 0.06 * (g @ W).norm()
+
+
+def test_heads_that_can_be_fused():
+    assert fusible(build("Llama", {}).requires_grad_(False)) is not None
+    capped = build("Gemma2", dict(head_dim=8, sliding_window=4, final_logit_softcapping=5.0))
+    assert fusible(capped.requires_grad_(False)) is None
+    model = build("Llama", dict(tie_word_embeddings=False)).requires_grad_(False)
+    weft.adapt(model, weft.LoRA(rank=2, targets=["lm_head", "q_proj"]))
+    assert fusible(model) is None
+
+
+def test_repeated_layers():
+    assert len(repeated(build("Llama", {}))) == 2
+    assert len(repeated(build("GPT2", dict(n_embd=32, n_layer=2, n_head=4, n_positions=128)))) == 2
+    assert len(repeated(build("Mixtral", dict(num_local_experts=4)))) == 2
+    assert repeated(nn.Linear(3, 3)) == []
+
+
+@pytest.mark.parametrize(("kind", "extra"), [("Llama", {}), ("Mixtral", dict(num_local_experts=4)), ("Qwen2", {})])
+@pytest.mark.parametrize("memory", [1.0, 0.5, 0.0])
+def test_recomputed_layers_and_fused_loss(kind, extra, memory):
+    model = build(kind, extra).requires_grad_(False).train()
+    weft.adapt(model, weft.LoRA(rank=3)).train()
+    batch = pad(rows([9, 4, 7]))
+    if attention.use(model):
+        batch = pack(rows([9, 4, 7]))
+    check(model, batch, memory=memory, compile=False)
+
+
+def check(model, batch, **how):
+    parameters = weft.adapters.trainable(model, "default")
+    with torch.no_grad():
+        for p in parameters.values():
+            p.add_(0.05 * torch.randn_like(p))
+    want = torch.autograd.grad(loss_sum(model, batch), list(parameters.values()), allow_unused=True)
+    said = []
+    fast = prepare(model, batch, parameters, say=said.append, **how)
+    try:
+        assert not said and fast.said and fast.head is not None, said
+        got = torch.autograd.grad(fast.loss(batch), list(parameters.values()), allow_unused=True)
+    finally:
+        fast.close()
+    for name, a, b in zip(parameters, got, want, strict=True):
+        assert (a is None) == (b is None), name
+        assert a is None or (a - b).norm() <= 1e-3 * max(b.norm(), 1e-3), name
+    return fast
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", r"ignore:The \.grad attribute")  # what torch's compiler itself causes
+@pytest.mark.parametrize("memory", [1.0, 0.0])
+def test_compiled_layers(memory):
+    model = build("Llama", {}).requires_grad_(False)
+    assert attention.use(model)
+    weft.adapt(model, weft.LoRA(rank=3)).train()
+    batch = pad(rows([9, 4, 7])) if memory else pack(rows([9, 4, 7]))
+    assert check(model, batch, compile=True, memory=memory).compiled
+
+
+def test_a_fast_path_that_is_wrong_is_named_and_not_used(monkeypatch):
+    model = build("Llama", {}).requires_grad_(False)
+    weft.adapt(model, weft.LoRA(rank=3)).train()
+    monkeypatch.setattr("weft.step.loss.linear_cross_entropy", lambda h, W, t, b: linear_cross_entropy(1.1 * h, W, t, b))
+    said = []
+    fast = prepare(model, pad(rows([9, 4])), weft.adapters.trainable(model, "default"), compile=False, say=said.append)
+    assert fast.head is None and "does not agree" in said[0] and "layers.0" in said[0]
+
+
+def test_memory_of_no_sense():
+    with pytest.raises(WeftError, match=r"train\.memory"):
+        prepare(nn.Linear(2, 2), pad(rows([3])), {}, memory="much")
