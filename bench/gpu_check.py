@@ -29,7 +29,6 @@ from weft.kernels.low_rank import low_rank_add, low_rank_add_reference
 from weft.models import attention
 from weft.step import loss_sum
 from weft.step import prepare as prepare_step
-from weft.step.check import bounds, differences, measure
 from weft.train import EvalConfig, Recipe, TrainConfig
 
 CHECKS: list[dict[str, Any]] = []
@@ -167,20 +166,13 @@ def fast_step() -> None:
         path, _ = demo.write("records", folder, train=23, held_out=1)
         examples = prepare(load_rows(str(path)), tokenizer, DataConfig(train=str(path)), progress=False).examples
     for base in ("fp32", "bf16"):
-        for rows, level in (("packed", 1.0), ("padded", 1.0), ("packed", 0.4), ("padded", 0.0), ("packed", -1.0)):
+        for rows, level in (("packed", 1.0), ("padded", 1.0), ("packed", 0.4), ("padded", 0.1), ("packed", 0.0)):
             model = weft.load_base("embedded", base=base, device=DEVICE)
             assert attention.use(model), attention.reason(model)
             weft.adapt(model, weft.LoRA(rank=8)).train()
             batch = (pack if rows == "packed" else pad)(examples).to(DEVICE)
             said: list[str] = []
-            fast = prepare_step(model, batch, weft.adapters.trainable(model, "default"), memory=max(level, 0.0), say=said.append)
-            if level < 0:
-                fast.install(level)
-                _, worst, wrong = differences(
-                    measure(lambda: fast.loss(batch), weft.adapters.trainable(model, "default")),
-                    measure(lambda: loss_sum(model, batch), weft.adapters.trainable(model, "default")), bounds(model)[1],
-                )  # fmt: skip
-                said += wrong
+            fast = prepare_step(model, batch, weft.adapters.trainable(model, "default"), memory=level, say=said.append)
             print("\n".join([*said, *fast.said]))
             check(f"fast step, {base}, {rows}, {level} of the activations kept: agrees", float(bool(said)), 0.0)
             fast.close()

@@ -10,8 +10,8 @@ import weft
 from tests.step.test_loss import build, rows
 from weft.core import WeftError
 from weft.data import pack, pad
-from weft.kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
 from weft.kernels.fp8_gemm import both_layouts, fp8_linear
+from weft.kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
 from weft.models import attention
 from weft.step import loss_sum, prepare
 from weft.step.loss import fusible

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 IGNORED = -100  # the target of a token that bears no loss
 
@@ -24,6 +25,13 @@ def linear_cross_entropy_reference(h: Tensor, weight: Tensor, targets: Tensor, b
     if logits.dtype in (torch.bfloat16, torch.float16):
         logits = logits.float()
     return F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
+
+
+def linear_cross_entropy_sliced(h: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None = None, rows: int = 512) -> Tensor:
+    """The reference a slice of tokens at a time, each slice's logits made again in the backward pass: the reference where memory is short."""
+    parts = zip(h.split(rows), targets.split(rows), strict=True)
+    sums = [checkpoint(linear_cross_entropy_reference, part, weight, t, bias, use_reentrant=False) for part, t in parts]
+    return torch.stack(sums).sum()
 
 
 def _slice(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

@@ -26,7 +26,8 @@ from weft.step.regions import install, repeated, uninstall
 
 logger = logging.getLogger("weft")
 Memory = float | int | str  # "auto", a share (0 to 1), or bytes
-LEVELS = (1.0, 0.7, 0.4, 0.0, -1.0)  # share of the activations kept; 0: only each layer's input; -1: not even that (host memory)
+LEVELS = (1.0, 0.7, 0.4, 0.1, 0.0)  # share of the activations kept; below RECOMPUTE: each layer's input alone; 0: in the host's memory
+RECOMPUTE = 0.2
 SPARE = 0.88  # of what is free may be planned for: the allocator cuts memory into pieces, and kernels want workspaces
 
 
@@ -40,6 +41,7 @@ class Fast:
     varying: bool
     level: float
     layers: list[nn.Module]
+    cuda: bool
     said: list[str] = field(default_factory=list)
     compile_seconds: float = 0.0
 
@@ -50,12 +52,13 @@ class Fast:
     def install(self, level: float) -> None:
         """Regions for this level of memory."""
         self.level = level
-        recompute = len(self.layers) if level <= 0 else 0
-        if not self.compiled and 0 < level < 1:  # without a compiler to choose what is cheap, whole layers are kept or not
+        recompute = len(self.layers) if level < RECOMPUTE else 0
+        if not self.compiled and RECOMPUTE <= level < 1:  # without a compiler to choose what is cheap, whole layers are kept or not
             recompute = round((1 - level) * len(self.layers))
         uninstall(self.layers)
         if self.compiled or recompute:
-            install(self.layers, self.compiled, self.varying, recompute, level < 0, min(1.0, level) if level > 0 else 1.0)
+            offload = level == 0 and self.cuda
+            install(self.layers, self.compiled, self.varying, recompute, offload, level if level >= RECOMPUTE else 1.0)
 
     def close(self) -> None:
         uninstall(self.layers)
@@ -63,8 +66,12 @@ class Fast:
     def describe(self) -> str:
         parts = [f"{len(self.layers)} layers compiled" if self.compiled else "layers as they are"]
         parts.append("no logits formed" if self.head is not None else "all logits formed")
-        kept = {0.0: "layers recomputed", -1.0: "layers recomputed, their inputs in host memory"}
-        parts.append("activations kept" if self.level >= 1 else kept.get(self.level, f"{self.level:.0%} of the activations kept"))
+        if self.level >= 1:
+            parts.append("activations kept")
+        elif self.level >= RECOMPUTE:
+            parts.append(f"{self.level:.0%} of the activations kept")
+        else:
+            parts.append("layers recomputed" + (", their inputs in host memory" if self.level == 0 and self.cuda else ""))
         return "step: " + ", ".join(parts)
 
 
@@ -84,10 +91,10 @@ def prepare(
     Raises:
         WeftError: the micro-batch does not fit even with the least memory; a memory setting of no sense.
     """
-    if isinstance(memory, str) and memory != "auto" or not isinstance(memory, str) and memory < 0:
+    if (isinstance(memory, str) and memory != "auto") or (not isinstance(memory, str) and memory < 0):
         raise WeftError(f'train.memory: {memory!r} is not "auto", a share from 0 to 1, nor a number of bytes')
     device = batch.input_ids.device
-    fast = Fast(model, device.type == "cuda" if compile is None else compile, fusible(model), varying, 1.0, repeated(model))
+    fast = Fast(model, device.type == "cuda" if compile is None else compile, fusible(model), varying, 1.0, repeated(model), device.type == "cuda")
     fast.compiled = fast.compiled and bool(fast.layers)
     fast.install(_level(model, batch, memory, fast.layers))
     if not fast.compiled and fast.head is None:
@@ -122,7 +129,7 @@ def _try(fast: Fast, batch: Batch, parameters: Mapping[str, nn.Parameter], self_
                 fast.install(fast.level)
             if out_of_memory:
                 _clear(parameters)
-                lower = [level for level in LEVELS if level < fast.level and (level >= 0 or device.type == "cuda")]
+                lower = [level for level in LEVELS if level < fast.level]
                 if not lower:
                     raise WeftError("a micro-batch does not fit into the memory, whatever is recomputed: lower train.tokens")
                 say(f"out of memory with {fast.level:.0%} of the activations kept; trying less")
@@ -133,27 +140,25 @@ def _try(fast: Fast, batch: Batch, parameters: Mapping[str, nn.Parameter], self_
 
 
 def _compare(fast: Fast, found: Any, batch: Batch, parameters: Mapping[str, nn.Parameter], say: Callable[[str], None]) -> None:
-    """The same micro-batch with nothing compiled, each layer recomputed (so that it fits), all logits formed."""
+    """The same micro-batch with nothing compiled and by the operations' references, recomputed piece by piece so that it fits."""
     kind, limits = bounds(fast.model)
     uninstall(fast.layers)
     try:
         if fast.layers and batch.input_ids.device.type == "cuda":
             install(fast.layers, False, fast.varying, len(fast.layers), False, 1.0)
-        plain = measure(lambda: loss_sum(fast.model, batch), parameters)
+        plain = measure(lambda: loss_sum(fast.model, batch, fast.head, plain=True), parameters)
     except torch.OutOfMemoryError:
         _clear(parameters)
         say("the self-check was left out: the plain path does not fit into the memory")
         fast.install(fast.level)
         return
-    losses, worst, wrong = differences(found, plain, limits)
+    agreed, wrong = differences(found, plain, limits)
     if wrong:
         listed = "\n  ".join(wrong[:8] + ([f"and {len(wrong) - 8} more"] if len(wrong) > 8 else []))
         say(f"the fast step does not agree with the plain one, which is used instead:\n  {listed}")
         fast.compiled, fast.head = False, None
     else:
-        fast.said.append(
-            f"self-check ({kind}): loss within {losses:.1e} (bound {limits[0]:.0e}), gradients within {worst:.1e} (bound {limits[1]:.0e})"
-        )
+        fast.said.append(f"self-check ({kind}): {agreed}")
     fast.install(fast.level)
 
 
@@ -187,7 +192,7 @@ def _level(model: nn.Module, batch: Batch, memory: Memory, layers: list[nn.Modul
     need = activation_bytes(layers, batch.input_ids.numel())
     fixed = 3 * need / max(len(layers), 1) + 2**30  # a layer's own temporaries and the loss's slice, in either case
     share = (SPARE * free - fixed) / max(need, 1)
-    return next((level for level in LEVELS if level <= share), -1.0)
+    return next((level for level in LEVELS if level <= share), 0.0)
 
 
 def activation_bytes(layers: list[nn.Module], tokens: int) -> int:

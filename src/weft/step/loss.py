@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from weft.core import WeftError
-from weft.kernels.linear_cross_entropy import linear_cross_entropy
+from weft.kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_sliced
 from weft.models import attention
 
 
@@ -33,19 +33,20 @@ class Batch(Protocol):
     lengths: tuple[int, ...]
 
 
-def loss_sum(model: nn.Module, batch: Batch, head: nn.Linear | None = None) -> Tensor:
+def loss_sum(model: nn.Module, batch: Batch, head: nn.Linear | None = None, plain: bool = False) -> Tensor:
     """Sum of the cross-entropies over the batch's targets; a scalar in fp32 (fp64 if the logits are), in nats.
 
     model: a transformers causal language model, or any module with `model(input_ids)` -> logits (n, T, V) or an object with `.logits`.
     A packed batch needs `weft.models.attention.use(model)` to have said True; else WeftError.
     Where the model's forward takes `logits_to_keep`, its head runs only at positions that have a target.
     head: the model's frozen output head, when `fusible` found that logits are what it returns and nothing else: then the logits are
-    never formed (`weft.kernels.linear_cross_entropy`).
+    never formed (`weft.kernels.linear_cross_entropy`).  plain: by that operation's reference.
     """
     if head is not None:
         with _passing(head):
             hidden, targets = _logits(model, batch)
-        return linear_cross_entropy(hidden.flatten(0, -2), head.weight, targets.flatten(), head.bias)
+        work = linear_cross_entropy_sliced if plain else linear_cross_entropy
+        return work(hidden.flatten(0, -2), head.weight, targets.flatten(), head.bias)
     logits, targets = _logits(model, batch)
     if logits.dtype in (torch.bfloat16, torch.float16):
         logits = logits.float()
