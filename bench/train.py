@@ -128,6 +128,8 @@ def weft_side(shape: str, fmt: str, memory: float, kind: str, method: str, devic
     groups = [p for _, p in flat.groups]
     optimiser = torch.optim.AdamW(groups, lr=LR, weight_decay=0.0, fused=True)
     static = torch.cuda.memory_allocated() if device == "cuda" else 0
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()  # of training; what loading takes is another question
     given = [b.to(device) for b in batches(kind, SHAPES[shape]["vocab_size"], STEPS)]
     if kind == "full":  # what a loader hands over for rows without padding
         from dataclasses import replace
@@ -168,6 +170,7 @@ def peft_side(side: str, shape: str, fmt: str, memory: float, kind: str, method:
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(parameters, lr=LR, weight_decay=0.0, fused=True)
     static = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
     given = []
     for b in batches(kind, SHAPES[shape]["vocab_size"], STEPS):  # short rows padded, as peft's users do
         width = max(b.lengths)

@@ -28,7 +28,7 @@ def linear_cross_entropy_reference(h: Tensor, weight: Tensor, targets: Tensor, b
 
 
 def linear_cross_entropy_sliced(h: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None = None, rows: int = 512) -> Tensor:
-    """The reference a slice of tokens at a time, each slice's logits made again in the backward pass: the reference where memory is short."""
+    """The reference a slice of tokens at a time, each slice's logits made again in the backward pass: for short memory."""
     parts = zip(h.split(rows), targets.split(rows), strict=True)
     sums = [checkpoint(linear_cross_entropy_reference, part, weight, t, bias, use_reentrant=False) for part, t in parts]
     return torch.stack(sums).sum()

@@ -9,8 +9,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-# ‖fast - plain‖ / ‖plain‖: of the loss, of all gradients together, and of one parameter's gradient. In fp32 only the order of sums differs. In 16 bit every
-# layer rounds, and the two paths round elsewhere. fp8 rounds both sides of every product to 3 bits of mantissa.
+# ‖fast - plain‖ / ‖plain‖: of the loss, of all gradients together, and of one parameter's gradient. In fp32 only the order of sums
+# differs. In 16 bit every layer rounds, and the two paths round elsewhere. fp8 rounds both sides of every product to 3 bits of mantissa.
 BOUNDS = {"fp32": (1e-4, 1e-3, 1e-2), "16 bit": (5e-3, 0.1, 0.35), "fp8": (1e-2, 0.3, 0.9)}
 
 

@@ -94,7 +94,8 @@ def prepare(
     if (isinstance(memory, str) and memory != "auto") or (not isinstance(memory, str) and memory < 0):
         raise WeftError(f'train.memory: {memory!r} is not "auto", a share from 0 to 1, nor a number of bytes')
     device = batch.input_ids.device
-    fast = Fast(model, device.type == "cuda" if compile is None else compile, fusible(model), varying, 1.0, repeated(model), device.type == "cuda")
+    cuda = device.type == "cuda"
+    fast = Fast(model, cuda if compile is None else compile, fusible(model), varying, 1.0, repeated(model), cuda)
     fast.compiled = fast.compiled and bool(fast.layers)
     fast.install(_level(model, batch, memory, fast.layers))
     if not fast.compiled and fast.head is None:
