@@ -143,24 +143,28 @@ def _try(fast: Fast, batch: Batch, parameters: Mapping[str, nn.Parameter], self_
 def _compare(fast: Fast, found: Any, batch: Batch, parameters: Mapping[str, nn.Parameter], say: Callable[[str], None]) -> None:
     """The same micro-batch with nothing compiled and by the operations' references, recomputed piece by piece so that it fits."""
     kind, limits = bounds(fast.model)
+    chosen = [layer._compiled_call_impl for layer in fast.layers]
     uninstall(fast.layers)
+    plain = None
     try:
         if fast.layers and batch.input_ids.device.type == "cuda":
-            install(fast.layers, False, fast.varying, len(fast.layers), False, 1.0)
+            install(fast.layers, False, fast.varying, len(fast.layers), False, fast.level)
         plain = measure(lambda: loss_sum(fast.model, batch, fast.head, plain=True), parameters)
     except torch.OutOfMemoryError:
         _clear(parameters)
         say("the self-check was left out: the plain path does not fit into the memory")
-        fast.install(fast.level)
+    for layer, call in zip(fast.layers, chosen, strict=True):
+        layer._compiled_call_impl = call
+    if plain is None:
         return
     agreed, wrong = differences(found, plain, limits)
     if wrong:
         listed = "\n  ".join(wrong[:8] + ([f"and {len(wrong) - 8} more"] if len(wrong) > 8 else []))
         say(f"the fast step does not agree with the plain one, which is used instead:\n  {listed}")
         fast.compiled, fast.head = False, None
+        fast.install(fast.level)
     else:
         fast.said.append(f"self-check ({kind}): {agreed}")
-    fast.install(fast.level)
 
 
 def _clear(parameters: Mapping[str, nn.Parameter]) -> None:

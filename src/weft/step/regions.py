@@ -120,8 +120,8 @@ def install(layers: list[nn.Module], compile: bool, varying: bool, recompute: in
 
     budget: share of the activations that a compiled layer keeps (1: all but what is cheap to make again).
     """
-    aot.activation_memory_budget = budget
     if compile:
+        aot.activation_memory_budget = budget
         torch._dynamo.reset()  # graphs of another budget
         torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)  # kinds of layer, modes, ranks
     away = Offload() if offload else None

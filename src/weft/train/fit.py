@@ -102,6 +102,7 @@ def fit(
                 show.text(_plan(run))
                 tell({"event": "start", "step": run.state.step, "steps": run.steps})
                 train(run)
+                show.text(run.pace.describe(run.speed(), run.fast.compile_seconds))
                 result = _finish(run, data, tokenizer, output)
             except Diverged as e:
                 raise _advice(e, run) from e

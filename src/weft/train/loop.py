@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 
-from weft.step import loss_sum
 from weft.train.run import Run
 from weft.train.schedule import learning_rate
 
@@ -14,10 +13,11 @@ def train(run: Run) -> None:
     config, flat = run.config, run.flat
     run.begin()
     while group := run.next_group():
+        run.pace.starts()
         targets = sum(batch.n_targets for batch in group)
         loss = torch.zeros((), device=run.device)
         for batch in group:
-            part = loss_sum(run.model, batch.to(run.device)) / targets
+            part = run.fast.loss(batch.to(run.device)) / targets
             part.backward()
             loss += part.detach()
         if (penalty := run.penalty()) is not None:

@@ -30,6 +30,8 @@ class Show:
         if self.how == "off":
             return
         kind = event["event"]
+        if kind == "note":
+            self.text(event["text"])
         if kind == "start":
             self._start(event["step"], event["steps"])
         elif kind == "at":

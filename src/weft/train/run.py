@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import signal
 import time
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 import weft.adapters
 from weft.core import Adapter, Method
 from weft.data import Batch, Batches
+from weft.step import prepare
 from weft.train import checkpoint, optimisers
 from weft.train.checkpoint import State
 from weft.train.evaluate import mean_loss
@@ -24,8 +26,10 @@ from weft.train.guard import FirstStep, Interrupted, LossGuard, Signals
 from weft.train.metrics import Metrics, memory
 from weft.train.output import Output
 from weft.train.recipe import Recipe
+from weft.train.speed import Profile, Speed
 
 Event = dict[str, Any]
+logger = logging.getLogger("weft")
 
 
 class _Stop(Exception):
@@ -59,6 +63,8 @@ class Run:
         self.first: FirstStep | None = FirstStep(self.parameters)
         self.saved: Path | None = None
         self.epoch: tuple[int, Sequence[Batch]] = (-1, [])
+        self.pace = Speed(model, self.device)
+        self.profile = Profile(output.folder / "profile", self.device.type == "cuda") if self.config.profile else None
 
     # ---- where the run is ----
 
@@ -108,8 +114,23 @@ class Run:
     def begin(self) -> None:
         """Before the first step of this part of the run: the evaluation that is due, if the last part did not get to it."""
         self.model.train()
+        c, first = self.config, self.batches.epoch(0)
+        shapes = {tuple(b.input_ids.shape) for b in first[:8]} if not self.over() else set()
+        largest = max(first, key=lambda b: b.input_ids.numel())
+        self.fast = prepare(
+            self.model, largest.to(self.device), self.parameters, memory=c.memory, compile=c.compile, varying=len(shapes) > 1,
+            self_check=c.self_check, say=self.warn,
+        )  # fmt: skip
+        for line in (self.fast.describe(), *self.fast.said):
+            self.tell({"event": "note", "text": line})
+        self.window = time.perf_counter(), self.state.tokens
         if self._evaluation_due() and self.state.evaluated != self.state.step:
             self._interruptible(self.evaluate)
+
+    def warn(self, text: str) -> None:
+        """Something that the user should see, also where nothing else is shown."""
+        logger.warning(text)
+        self.tell({"event": "note", "text": text})
 
     def penalty(self) -> Tensor | None:
         """What the method adds to the loss, or None."""
@@ -127,6 +148,9 @@ class Run:
         s = self.state
         s.step, s.micro, (s.epoch, s.index) = s.step + 1, s.micro + len(group), self.position
         s.tokens += sum(b.n_tokens for b in group)
+        self.pace.took(group)
+        if self.profile is not None and (table := self.profile.step(s.step, self.over())):
+            self.tell({"event": "note", "text": table})
         self.guard.watch(s.step, loss, norm)
         log = s.step % self.config.log_every == 0 or s.step == self.steps
         if log or self.device.type == "cpu":  # reading a loss makes a GPU wait; on a CPU it costs nothing
@@ -143,12 +167,15 @@ class Run:
 
     def _log(self, loss: float, norm: float, lr: float) -> None:
         now, s = time.perf_counter(), self.state
+        gap = self.pace.gap()
         self.speeds = [*self.speeds, (s.tokens - self.window[1]) / max(now - self.window[0], 1e-9)][-20:]
         self.window = now, s.tokens
         line = {
             "step": s.step, "loss": loss, "lr": lr, "grad_norm": norm, "tokens": s.tokens, "tokens_per_s": round(self.speeds[-1], 1),
             "seconds": round(self.seconds(), 3), "memory": memory(self.device),
         }  # fmt: skip
+        if gap is not None:
+            line["host_gap"] = round(gap, 4)
         self.metrics.add(line)
         self.tell({"event": "step", **line, "steps": self.steps, "epoch": s.micro / max(len(self.batches), 1)})
 
@@ -252,6 +279,8 @@ class Run:
         if self.first is not None:
             for handle in self.first.handles:
                 handle.remove()
+        if hasattr(self, "fast"):
+            self.fast.close()
         if hasattr(self, "metrics"):
             self.metrics.close()
         self.flat.release()
