@@ -141,10 +141,10 @@ def counts_positions(layer: Any) -> bool:
 def check_positions(layer: Any, where: Front) -> None:
     """Raises WeftError where rows with fronts of different length would be placed wrongly: a model that numbers its tokens alone."""
     model = model_of(layer)
-    numbered = [p for p, m in modules(model) if isinstance(m, nn.Embedding) and "position" in p]
-    if where.lengths is not None and numbered and not counts_positions(layer) and len(set(where.lengths.flatten().tolist())) > 1:
+    if where.lengths is None or counts_positions(layer) or len(set(where.lengths.flatten().tolist())) == 1:
+        return
+    if any(isinstance(m, nn.Embedding) and "position" in p for p, m in modules(model)):
         raise WeftError(
             f"{base_class(model).__name__} numbers the places of its tokens itself, so the rows of one batch cannot have prompts of "
             "different length (or none): give each length a batch of its own"
         )
-
