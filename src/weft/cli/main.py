@@ -20,6 +20,7 @@ COMMANDS = {  # command -> (what it does; its module is weft.cli.<command>)
     "eval": "loss, perplexity and exact match of a base and its adapters",
     "generate": "answer one prompt, a file of prompts, or chat",
     "merge": "fold an adapter into its base and write a plain model",
+    "quantize": "write a model in 4 or 8 bits",
     "demo": "watch a small model learn three tasks, on this machine, in minutes",
     "completion": "print a script that completes commands and flags in your shell",
 }

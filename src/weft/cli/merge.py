@@ -118,13 +118,14 @@ def logits(model: Any, ids: Any) -> Any:
         return model(input_ids=ids).logits[0].float().cpu()
 
 
-def check_target(target: Path, overwrite: bool, *sources: str | Path) -> None:
+def check_target(target: Path, overwrite: bool, *sources: str | Path, what: str = "the merged model") -> None:
     """Raise UsageError unless a model may be written to this folder."""
     if target.exists() and not target.is_dir():
-        raise UsageError(f"{target} is a file: choose a folder for the merged model")
+        raise UsageError(f"{target} is a file: choose a folder for {what}")
     for source in map(Path, sources):
         if source.exists() and (source.resolve() == target.resolve() or target.resolve() in source.resolve().parents):
-            raise UsageError(f"{target} holds what is to be merged ({source}): choose another folder for the merged model")
+            made = "merged" if "merged" in what else "quantised"
+            raise UsageError(f"{target} holds what is to be {made} ({source}): choose another folder for {what}")
     if not target.is_dir() or not any(target.iterdir()):
         return
     if not overwrite:
