@@ -15,4 +15,6 @@ from weft.methods.prompt import PromptTuning
 from weft.methods.ptuning import PTuning
 from weft.methods.vera import VeRA
 
-__all__ = ["IA3", "OFT", "AdaLoRA", "BitFit", "DoRA", "Full", "LNTuning", "LoHa", "LoKr", "LoRA", "PTuning", "PrefixTuning", "PromptTuning", "VeRA"]
+__all__ = [
+    "IA3", "OFT", "AdaLoRA", "BitFit", "DoRA", "Full", "LNTuning", "LoHa", "LoKr", "LoRA", "PTuning", "PrefixTuning", "PromptTuning", "VeRA",
+]  # fmt: skip
