@@ -16,5 +16,6 @@ from weft.methods.ptuning import PTuning
 from weft.methods.vera import VeRA
 
 __all__ = [
-    "IA3", "OFT", "AdaLoRA", "BitFit", "DoRA", "Full", "LNTuning", "LoHa", "LoKr", "LoRA", "PTuning", "PrefixTuning", "PromptTuning", "VeRA",
+    "IA3", "OFT", "AdaLoRA", "BitFit", "DoRA", "Full", "LNTuning", "LoHa", "LoKr", "LoRA", "PTuning", "PrefixTuning",
+    "PromptTuning", "VeRA",
 ]  # fmt: skip
