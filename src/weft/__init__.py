@@ -47,6 +47,7 @@ _HOME = {
     "load_base": "weft.models",
     "load_tokenizer": "weft.models",
     "fit": "weft.train",
+    "fit_together": "weft.train",
     "Recipe": "weft.train",
 }
 __all__ = [*sorted(_HOME), "__version__"]
@@ -57,7 +58,7 @@ if TYPE_CHECKING:
     from weft.core import Adapter, Method, Site, WeftError
     from weft.methods import IA3, OFT, AdaLoRA, BitFit, DoRA, Full, LNTuning, LoHa, LoKr, LoRA, PrefixTuning, PromptTuning, PTuning, VeRA
     from weft.models import load_base, load_tokenizer
-    from weft.train import Recipe, fit
+    from weft.train import Recipe, fit, fit_together
 
 
 def __getattr__(name: str) -> Any:

@@ -60,14 +60,18 @@ def parse(parser: argparse.ArgumentParser, words: Sequence[str]) -> argparse.Nam
 
 
 def run(args: argparse.Namespace) -> int:
-    from weft.train import dump_recipe, load_recipe, run_recipe
+    from weft.train import dump_recipe, load_recipes, run_recipe, run_recipes
 
     if args.recipe is None and not args.flags:
         raise UsageError("what to train on? weft train --data.train rows.jsonl, or weft train recipe.yaml. See: weft train --help")
-    recipe = load_recipe(args.recipe, args.flags)
+    recipes = load_recipes(args.recipe, args.flags)
     if args.print_recipe:
-        print(dump_recipe(recipe), end="")
+        print("---\n".join(map(dump_recipe, recipes)), end="")
         return 0
+    if len(recipes) > 1:
+        run_recipes(recipes, resume=args.resume, overwrite=args.overwrite)
+        return 0
+    recipe = recipes[0]
     result = run_recipe(recipe, resume=args.resume, overwrite=args.overwrite)
     if recipe.train.progress != "off":
         say(f"try it: weft generate --adapter {Path(result.adapter)}")

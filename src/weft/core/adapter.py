@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from weft.core.errors import WeftError
 from weft.core.layers import features, is_conv1d, is_linear, logical
-from weft.core.site import Around, Site, base_class, plain
+from weft.core.site import Around, Part, Site, base_class, plain
 
 if TYPE_CHECKING:
     from weft.core.method import Method
@@ -81,6 +81,7 @@ class Mixture:
         self.kind: type[Adapter] = kinds.pop() if len(kinds) == 1 else Adapter
         self.parameters = tuple(p for a in adapters for p in a.parameters())
         self.cache: dict[Any, Any] = {}  # for `mixed`: whatever it wants to keep from one call to the next
+        self.spans = _spans(rows.tolist())
 
     def versions(self) -> tuple[int, ...] | None:
         """How often each weight has been written to: what `mixed` derives from weights holds while these stay. None: not known."""
@@ -98,4 +99,22 @@ class Mixture:
         )
 
     def forward(self, layer: Site, *inputs: Any, **kwargs: Any) -> Any:
+        # Adapters that train together own long spans of neighbouring rows: slices and whole products beat gathered ones, whose backward
+        # pass scatters.
+        if torch.is_grad_enabled() and len(self.spans) <= len(self.adapters) + 1 and is_linear(layer) and len(inputs) == 1:
+            return self._by_span(layer, inputs[0])
         return self.kind.mixed(self, layer, *inputs, **kwargs)
+
+    def _by_span(self, layer: Site, x: Tensor) -> Tensor:
+        self.owners(x)  # as many rows as there are names, or a multiple
+        each = x.shape[0] // len(self.rows)
+        counts = [(stop - start) * each for _, start, stop in self.spans]
+        y: Tensor = layer.frozen(x)
+        parts = zip(self.spans, torch.split(x, counts), torch.split(y, counts), strict=True)
+        return torch.cat([y if slot < 0 else self.adapters[slot].forward(Part(layer, x, y), x) for (slot, *_), x, y in parts])
+
+
+def _spans(owners: Sequence[int]) -> list[tuple[int, int, int]]:
+    """(owner, first row, row behind the last) of each run of rows with one owner."""
+    edges = [i for i in range(len(owners)) if i == 0 or owners[i] != owners[i - 1]]
+    return [(owners[a], a, b) for a, b in zip(edges, [*edges[1:], len(owners)], strict=True)]

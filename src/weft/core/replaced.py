@@ -39,7 +39,7 @@ class Replaced(Adapter):
 
     def forward(self, layer: Site | Around, *inputs: Any, **kwargs: Any) -> Any:
         module = plain(layer)
-        if isinstance(layer, Around):
+        if type(layer) is Around:  # not Part: the rows of several models, no adapter before this one
             raise WeftError("an adapter that replaces a layer whole must come first: weft.use(model, ['full', 'lora'])")
         base: Any = object.__new__(base_class(module))  # the same state under the base's own class, so that its forward has no slot
         base.__dict__ = module.__dict__

@@ -105,6 +105,18 @@ class Around:
         return getattr(self.layer, name)
 
 
+class Part(Around):
+    """A linear layer as the owner of some rows sees it: what the frozen layer makes of those rows is there already."""
+
+    def __init__(self, layer: Site, x: Any, y: Any) -> None:
+        self.layer, self.x, self.y = layer, x, y
+
+    def frozen(self, *inputs: Any, **kwargs: Any) -> Any:
+        if inputs[0] is self.x and not kwargs:
+            return self.y.clone()  # an adapter may write into what it is given
+        return self.layer.frozen(*inputs, **kwargs)
+
+
 def plain(layer: Site | Around) -> Any:
     """The module itself, whatever adapters stand between it and the caller."""
     while isinstance(layer, Around):

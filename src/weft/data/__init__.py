@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from weft.data.batches import Batch, Batches, pack, pad
+from weft.data.batches import Batch, Batches, join, pack, pad
 from weft.data.config import DataConfig
 from weft.data.encode import Encoder, Example
 from weft.data.formats import Row, load_rows
@@ -18,6 +18,7 @@ __all__ = [
     "Prepared",
     "Report",
     "Row",
+    "join",
     "load_rows",
     "pack",
     "pad",

@@ -92,6 +92,28 @@ def pad(examples: Sequence[Example], pad_id: int = 0) -> Batch:
     )
 
 
+def join(batches: Sequence[Batch], pad_id: int = 0) -> Batch:
+    """Padded batches one below the other, filled up at the right to the longest row of all."""
+    width = max(b.input_ids.shape[1] for b in batches)
+
+    def filled(name: str, value: int) -> Tensor:
+        parts = [getattr(b, name) for b in batches]
+        return torch.cat([torch.nn.functional.pad(t, (0, width - t.shape[1]), value=value) for t in parts])
+
+    ids, targets = filled("input_ids", pad_id), filled("targets", -100)
+    return Batch(
+        input_ids=ids,
+        position_ids=torch.arange(width).expand(ids.shape).contiguous(),
+        targets=targets,
+        attention_mask=filled("attention_mask", 0),
+        cu_seqlens=None,
+        n_targets=sum(b.n_targets for b in batches),
+        n_tokens=sum(b.n_tokens for b in batches),
+        keep=(targets >= 0).any(0).nonzero().squeeze(1),
+        lengths=tuple(n for b in batches for n in b.lengths),
+    )
+
+
 def _targets(example: Example) -> np.ndarray:
     targets = np.full(len(example), -100, dtype=np.int64)
     targets[:-1] = np.where(example.bears[1:], example.ids[1:], -100)

@@ -10,12 +10,13 @@ from rich.table import Table
 
 
 class Show:
-    """Turns a run's events into output. `how` is "auto", "bar", "lines" or "off"."""
+    """Turns a run's events into output. `how` is "auto", "bar", "lines" or "off"; `name` stands before each line of one of several runs."""
 
-    def __init__(self, how: str, console: Console | None = None) -> None:
+    def __init__(self, how: str, console: Console | None = None, name: str = "") -> None:
         self.console = console or Console(stderr=True, highlight=False, soft_wrap=True)
         self.results = console or Console(highlight=False, soft_wrap=True)  # standard output carries results, standard error the rest
         self.how = ("bar" if self.console.is_terminal else "lines") if how == "auto" else how
+        self.name = f"{name}: " if name else ""
         self.bar: Progress | None = None
         self.loss = self.eval_loss = self.detail = ""
 
@@ -42,12 +43,12 @@ class Show:
             self._advance(event["step"])
             if self.how == "lines":
                 left = (event["steps"] - event["step"]) * event["seconds"] / event["step"]
-                self.text(f"step {event['step']}/{event['steps']}  loss {event['loss']:.4f}  {self.detail}  {clock(left)} left")
+                self.text(f"{self.name}step {event['step']}/{event['steps']}  loss {event['loss']:.4f}  {self.detail}  {clock(left)} left")
         elif kind == "eval":
             self.eval_loss = "  ".join(f"{k.replace('_', ' ')} {v:.4f}" for k, v in event.items() if k.endswith("loss"))
             self._advance(event["step"])
             if self.how == "lines":
-                self.text(f"step {event['step']}/{event['steps']}  {self.eval_loss}")
+                self.text(f"{self.name}step {event['step']}/{event['steps']}  {self.eval_loss}")
         elif kind in ("end", "stop"):
             self.close()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import types
 from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import MISSING, asdict, fields, is_dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -50,7 +51,48 @@ def load_recipe(source: str | Path | Mapping[str, Any] | None = None, overrides:
     Raises:
         WeftError: one error that lists every unknown key with the nearest right one, every wrong type, and every value out of range.
     """
+    return _recipe(*_source(source), overrides)
+
+
+def load_recipes(source: str | Path | Mapping[str, Any] | None = None, overrides: Mapping[str, Any] | Sequence[str] = ()) -> list[Recipe]:
+    """The recipes of a file whose `runs:` lists what differs from one run to the next; one recipe for a file without it.
+
+    Each run needs a name of its own. Its output is `<output>/<name>` unless it says otherwise. Overrides go over every run.
+
+        data: {train: rows.jsonl}
+        output: sweep
+        runs:
+          - {name: r8, method: {rank: 8}}
+          - {name: r32, method: {rank: 32}, train.lr: 1e-4}
+    """
     where, tree = _source(source)
+    runs = tree.pop("runs", None)
+    if runs is None:
+        return [_recipe(where, tree, overrides)]
+    if not isinstance(runs, list) or not runs or not all(isinstance(r, Mapping) and isinstance(r.get("name"), str) for r in runs):
+        example = "`- {name: r8, method: {rank: 8}}`"
+        raise WeftError(f"{where}: runs: expected a list of settings, each with a name of its own, as in {example}")
+    names = [r["name"] for r in runs]
+    if twice := sorted({n for n in names if names.count(n) > 1}):
+        raise WeftError(f"{where}: runs: two runs are named {', '.join(twice)}")
+    over = dict(overrides if isinstance(overrides, Mapping) else _flags(overrides, flaws := []))
+    if not isinstance(overrides, Mapping) and flaws:
+        raise WeftError(f"{where} cannot be used:\n  " + "\n  ".join(flaws))
+    root = over.pop("output", tree.get("output", "adapter"))
+    own = [{"output": f"{root}/{run['name']}"} | dict(_dotted(run)) | over for run in runs]
+    return [_recipe(f"{where}, run {name}", deepcopy(tree), settings) for name, settings in zip(names, own, strict=True)]
+
+
+def _dotted(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """{"train": {"lr": 1}} as ("train.lr", 1)."""
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value and (prefix + str(key)).count(".") < 1:
+            yield from _dotted(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _recipe(where: str, tree: dict[str, Any], overrides: Mapping[str, Any] | Sequence[str]) -> Recipe:
     problems: list[str] = []
     for key, value in overrides.items() if isinstance(overrides, Mapping) else _flags(overrides, problems):
         _put(tree, key.split("."), value, problems)

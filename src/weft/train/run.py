@@ -112,8 +112,19 @@ class Run:
     # ---- around a step ----
 
     def begin(self) -> None:
-        """Before the first step of this part of the run: the evaluation that is due, if the last part did not get to it."""
+        """Before the first step of this part of the run: the fast path, and the evaluation that is due."""
         self.model.train()
+        self._prepare()
+        self.start()
+
+    def start(self) -> None:
+        """The evaluation before the first step, if it is due; the clock runs from here."""
+        self.window = time.perf_counter(), self.state.tokens
+        if self._evaluation_due() and self.state.evaluated != self.state.step:
+            self._interruptible(self.evaluate)
+
+    def _prepare(self) -> None:
+        """Choose the fast path of a step, and try it."""
         c, first = self.config, self.batches.epoch(0)
         shapes = {tuple(b.input_ids.shape) for b in first[:8]} if not self.over() else set()
         largest = max(first, key=lambda b: b.input_ids.numel())
@@ -123,9 +134,6 @@ class Run:
         )  # fmt: skip
         for line in (self.fast.describe(), *self.fast.said):
             self.tell({"event": "note", "text": line})
-        self.window = time.perf_counter(), self.state.tokens
-        if self._evaluation_due() and self.state.evaluated != self.state.step:
-            self._interruptible(self.evaluate)
 
     def warn(self, text: str) -> None:
         """Something that the user should see, also where nothing else is shown."""
@@ -194,7 +202,8 @@ class Run:
     def evaluate(self) -> None:
         """The losses over the evaluation rows and over as many training rows; remembers the best."""
         paused, s = time.perf_counter(), self.state
-        figures = {name: mean_loss(self.model, batches, self._between) for name, batches in self.evaluations.items()}
+        with weft.adapters.using(self.model, self.recipe.name):  # it may be one of several that train
+            figures = {name: mean_loss(self.model, batches, self._between) for name, batches in self.evaluations.items()}
         s.evaluated, s.last = s.step, {"step": s.step, **figures}
         if "eval_loss" in figures and s.step:  # before the first step there is no adapter to be best
             better = figures["eval_loss"] < s.best.get("eval_loss", math.inf)

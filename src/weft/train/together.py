@@ -1,0 +1,173 @@
+"""Several adapters trained at once on one base: a sweep over ranks, learning rates, methods or data for the price of one model.
+
+Every run keeps what it has alone: its data and their order, optimiser, schedule, evaluations, checkpoints and metrics. Only the forward
+and backward passes are shared: the rows of all runs lie in one batch, and each row goes through its own run's adapter. Adapters share no
+parameter, so the gradient of the summed losses is each run's own gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from itertools import zip_longest
+from typing import Any
+
+import torch
+from torch import nn
+
+import weft.adapters
+from weft.core import WeftError
+from weft.data import join
+from weft.models import load_base, load_tokenizer
+from weft.step import fusible, loss_sums
+from weft.train.fit import Result, _adapted, _base, _Data, _device, _finish, _plan, _threads
+from weft.train.guard import Diverged, Interrupted, Signals
+from weft.train.output import Output
+from weft.train.progress import Show
+from weft.train.recipe import Recipe, checked
+from weft.train.run import Event, Run
+from weft.train.schedule import learning_rate
+
+
+def train_together(runs: Sequence[Run], lost: dict[str, Diverged]) -> None:
+    """Take every run's steps side by side until all are over. One that diverges goes into `lost`, by its name; the others go on."""
+    model = runs[0].model
+    model.train()
+    head = fusible(model)
+    for run in runs:
+        run.start()
+    while steps := [(run, group) for run in runs if run.recipe.name not in lost and (group := run.next_group())]:
+        for run, _ in steps:
+            run.pace.starts()
+        targets = [sum(batch.n_targets for batch in group) for _, group in steps]
+        losses = [torch.zeros((), device=run.device) for run, _ in steps]
+        for micro in zip_longest(*(group for _, group in steps)):
+            there = [i for i, batch in enumerate(micro) if batch is not None]
+            counts = [micro[i].input_ids.shape[0] for i in there]
+            owners = [steps[i][0].recipe.name for i, n in zip(there, counts, strict=True) for _ in range(n)]
+            with weft.adapters.rows(model, owners):
+                sums = loss_sums(model, join([micro[i] for i in there]).to(runs[0].device), counts, head)
+                parts = [loss / targets[i] for i, loss in zip(there, sums, strict=True)]
+                torch.stack(parts).sum().backward()  # type: ignore[no-untyped-call]
+            for i, part in zip(there, parts, strict=True):
+                losses[i] += part.detach()
+        for (run, group), loss in zip(steps, losses, strict=True):
+            try:
+                _step(run, group, loss)
+            except Diverged as e:
+                lost[run.recipe.name] = e
+
+
+def _step(run: Run, group: Any, loss: torch.Tensor) -> None:
+    """One run's own part of a step: as in `weft.train.loop`."""
+    if (penalty := run.penalty()) is not None:
+        penalty.backward()  # type: ignore[no-untyped-call]
+    run.check_gradients()
+    norm = run.flat.clip(run.config.clip)
+    lr = learning_rate(run.state.step, run.steps, run.peak, run.config)
+    run.optimiser.step(lr)
+    run.method.after_step(run.adapters, run.state.step, run.steps)
+    run.flat.zero_grad()
+    run.stepped(group, loss, norm, lr)
+
+
+def run_recipes(
+    recipes: Sequence[Recipe], *, resume: str = "auto", overwrite: bool = False, on_event: Callable[[Event], None] | None = None
+) -> list[Result]:
+    """Load the recipes' one base and `fit_together`: what `weft train` does with a recipe that has `runs`."""
+    _alike([checked(r) for r in recipes])
+    for recipe in recipes:
+        Output(recipe, resume, overwrite)  # a folder that cannot be used is told before a large base is loaded
+    first = recipes[0]
+    model = load_base(first.model, base=first.base, device=None if first.train.device == "auto" else first.train.device)
+    return fit_together(model, recipes, tokenizer=load_tokenizer(first.model), resume=resume, overwrite=overwrite, on_event=on_event)
+
+
+def fit_together(
+    model: nn.Module, recipes: Sequence[Recipe], *, tokenizer: Any = None, resume: str = "auto", overwrite: bool = False,
+    on_event: Callable[[Event], None] | None = None,
+) -> list[Result]:  # fmt: skip
+    """Train several adapters at once, each as `weft.fit` would train it alone with `data.packing: false`.
+
+    They end with the same weights but for the rounding of sums, and for the masks of dropout, which are drawn for all rows together.
+
+    Args:
+        recipes: one for each adapter, with names and outputs of their own and the same base and device.
+        on_event: called with each run's events, which say the run's "name".
+        The rest is as for `weft.fit`.
+    Raises:
+        WeftError: recipes that cannot be used together, and all that `fit` raises. Diverged, when all others are finished, if one diverged.
+        Interrupted: a checkpoint of every run was written.
+    """
+    recipes = [replace(checked(r), data=replace(r.data, packing=False)) for r in recipes]  # rows are told apart by where they stand
+    _alike(recipes)
+    first = recipes[0]
+    tokenizer = load_tokenizer(first.model) if tokenizer is None else tokenizer
+    if first.train.device not in ("auto", str(next(model.parameters()).device)):
+        model.to(first.train.device)
+    outputs = [Output(r, resume, overwrite) for r in recipes]
+    lost: dict[str, Diverged] = {}
+    results: list[Result] = []
+    with _threads(first.train.threads), Signals() as signals, ExitStack() as after:
+        shows = [Show("off" if r.train.progress == "off" else "lines", name=r.name) for r in recipes]
+        runs: list[Run] = []
+        data: list[_Data] = []
+        for recipe, output, show in zip(recipes, outputs, shows, strict=True):
+            data.append(_Data(model, recipe, tokenizer))
+            after.enter_context(_adapted(model, recipe))
+            run = Run(model, recipe, data[-1].batches, data[-1].evaluations, output, signals, _teller(recipe.name, show, on_event))
+            after.callback(output.close)
+            after.callback(run.close)
+            runs.append(run)
+        for run in runs:  # each _adapted let its own adapter alone require gradients
+            for p in run.parameters.values():
+                p.requires_grad_(True)
+        for run, output, d, show in zip(runs, outputs, data, shows, strict=True):
+            facts = {"base": _base(model, run.recipe), "data": d.fingerprint, "device": _device(run), "seed": run.recipe.seed}
+            run.resume(output.begin(facts))
+            show.text(f"{run.recipe.name}: {_plan(run)}")
+            run.tell({"event": "start", "step": run.state.step, "steps": run.steps})
+        try:
+            train_together(runs, lost)
+            for run, output, d in zip(runs, outputs, data, strict=True):
+                if run.recipe.name not in lost:
+                    with weft.adapters.using(model, run.recipe.name):
+                        results.append(_finish(run, d, tokenizer, output))
+        except Interrupted:
+            for run in runs:
+                if run.state.step and run.recipe.name not in lost and not run.over():
+                    run.save()
+            raise
+    if lost:
+        finished = ", ".join(str(r.adapter) for r in results) or "none"
+        told = "\n  ".join(f"{name}: {e}" for name, e in lost.items())
+        raise Diverged(f"{len(lost)} of {len(runs)} runs diverged; lower their train.lr. Finished: {finished}\n  {told}")
+    return results
+
+
+def _teller(name: str, show: Show, on_event: Callable[[Event], None] | None) -> Callable[[Event], None]:
+    def tell(event: Event) -> None:
+        show(event)
+        if on_event is not None:
+            on_event({"name": name, **event})
+
+    return tell
+
+
+def _alike(recipes: Sequence[Recipe]) -> None:
+    """Raise WeftError unless these recipes can share a base and a process."""
+    if not recipes:
+        raise WeftError("there is no recipe to train")
+    wrong = []
+    for what, get in (
+        ("model", lambda r: r.model), ("base", lambda r: r.base), ("train.device", lambda r: r.train.device),
+        ("train.threads", lambda r: r.train.threads),
+    ):  # fmt: skip
+        if len(found := dict.fromkeys(get(r) for r in recipes)) > 1:
+            wrong.append(f"{what} must be one for all runs, not {', '.join(map(str, found))}")
+    for what, get in (("name", lambda r: r.name), ("output", lambda r: r.output)):
+        values = [get(r) for r in recipes]
+        wrong += [f"{what}: {v!r} is that of {values.count(v)} runs" for v in dict.fromkeys(values) if values.count(v) > 1]
+    if wrong:
+        raise WeftError("these runs cannot be trained together:\n  " + "\n  ".join(wrong))

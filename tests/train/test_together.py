@@ -1,0 +1,115 @@
+"""Several adapters trained at once end where each would have ended alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_run
+import torch
+from safetensors.torch import load_file
+
+import weft
+from weft.train import Diverged, Interrupted, Recipe, load_recipes
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def three(folder: Path, **more: Any) -> list[Recipe]:
+    """Other ranks, rates, seeds, lengths of run and data."""
+    common = {"method__dropout": 0.0, "data__packing": False} | more
+    return [
+        tiny_run.recipe(folder, name="a", output=str(folder / "a"), **common),
+        tiny_run.recipe(folder, name="b", output=str(folder / "b"), method__rank=2, train__lr=1e-3, seed=3, train__steps=13, **common),
+        tiny_run.recipe(
+            folder, name="c", output=str(folder / "c"), train__accumulate=2, data__train=str(tiny_run.rows(folder, 25, 5)), **common
+        ),
+    ]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "adapter_model.safetensors")
+
+
+def test_each_ends_where_it_would_have_ended_alone(tmp_path):
+    together, alone = tmp_path / "together", tmp_path / "alone"
+    together.mkdir(), alone.mkdir()
+    results = weft.fit_together(tiny_run.model(), three(together), tokenizer=tiny_run.tokenizer())
+    for recipe, result in zip(three(alone), results, strict=True):
+        by_itself = weft.fit(tiny_run.model(), recipe, tokenizer=tiny_run.tokenizer())
+        ours, theirs = weights(result.adapter), weights(by_itself.adapter)
+        assert list(ours) == list(theirs) and result.steps == by_itself.steps and result.tokens == by_itself.tokens
+        for key, value in theirs.items():
+            assert (ours[key] - value).norm() <= 1e-3 * value.norm(), (recipe.name, key)
+        assert result.eval_loss == pytest.approx(by_itself.eval_loss, rel=1e-4)
+        mine, its = ([(h["step"], h["lr"]) for h in r.history if "lr" in h] for r in (result, by_itself))
+        assert mine == its
+
+
+def test_other_methods_and_dropout_side_by_side(tmp_path):
+    model = tiny_run.model()
+    names = {"lora": {"method__dropout": 0.1}, "full": {"method": "Full"}, "dora": {"method": "DoRA"}}
+    recipes = [tiny_run.recipe(tmp_path, name=n, output=str(tmp_path / n), train__steps=6, **more) for n, more in names.items()]
+    results = weft.fit_together(model, recipes, tokenizer=tiny_run.tokenizer())
+    assert [r.adapter.name for r in results] == list(names) and set(weft.adapters.names(model)) == set(names)
+    assert all(r.history[0]["eval_loss"] == results[0].history[0]["eval_loss"] for r in results), "all start as the base"
+    assert not any(p.requires_grad for n, p in model.named_parameters() if ".weft." not in n)
+
+
+def test_stopped_runs_go_on(tmp_path):
+    def stop(event):
+        if event["event"] == "step" and event["name"] == "b" and event["step"] == 7:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(Interrupted):
+        weft.fit_together(tiny_run.model(), three(tmp_path), tokenizer=tiny_run.tokenizer(), on_event=stop)
+    assert all(json.loads((tmp_path / n / "run.json").read_text())["status"] == "unfinished" for n in "abc")
+    assert all(list((tmp_path / n / "checkpoints").iterdir()) for n in "abc")
+    resumed = weft.fit_together(tiny_run.model(), three(tmp_path), tokenizer=tiny_run.tokenizer())
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    for there, again in zip(weft.fit_together(tiny_run.model(), three(whole), tokenizer=tiny_run.tokenizer()), resumed, strict=True):
+        for key, value in weights(there.adapter).items():
+            assert (weights(again.adapter)[key] - value).norm() <= 1e-3 * value.norm(), key
+
+
+def test_one_that_diverges_does_not_stop_the_others(tmp_path):
+    recipes = three(tmp_path)
+    recipes[1] = tiny_run.recipe(tmp_path, name="b", output=str(tmp_path / "b"), train__lr=1e30, train__clip=0.0)
+    with pytest.raises(Diverged, match=r"1 of 3 runs diverged(.|\n)*b: stopped at step"):
+        weft.fit_together(tiny_run.model(), recipes, tokenizer=tiny_run.tokenizer())
+    assert all((tmp_path / n / "adapter_model.safetensors").exists() for n in "ac")
+    assert not (tmp_path / "b" / "adapter_model.safetensors").exists()
+
+
+def test_what_cannot_go_together_is_told_at_once(tmp_path):
+    same = [tiny_run.recipe(tmp_path), tiny_run.recipe(tmp_path, model="elsewhere")]
+    with pytest.raises(weft.WeftError, match=r"model must be one(.|\n)*name: 'default' is that of 2 runs(.|\n)*output: "):
+        weft.fit_together(tiny_run.model(), same, tokenizer=tiny_run.tokenizer())
+
+
+def test_a_recipe_with_runs():
+    runs = [{"name": "a", "method": {"alpha": 3}}, {"name": "b", "method": "Full", "train.lr": 1e-4, "output": "there"}]
+    tree = {"data": {"train": "x"}, "method": {"rank": 4}, "output": "sweep", "runs": runs}
+    a, b = load_recipes(tree, ["--train.steps", "5"])
+    assert (a.method.rank, a.method.alpha, a.output, a.train.steps) == (4, 3, "sweep/a", 5)
+    assert (type(b.method).__name__, b.train.lr, b.output, b.name) == ("Full", 1e-4, "there", "b")
+    assert load_recipes(tree, {"output": "other"})[0].output == "other/a"
+    for runs, message in (
+        ([], "runs: expected a list"),
+        ([{"rank": 3}], "runs: expected a list"),
+        ([{"name": "a"}] * 2, "two runs are named a"),
+        ([{"name": "a", "method.rnk": 3}], r"run a cannot be used:\n  method.rnk: unknown; did you mean"),
+    ):
+        with pytest.raises(weft.WeftError, match=message):
+            load_recipes(tree | {"runs": runs})
