@@ -103,6 +103,30 @@ def others(peft: Any, folder: Path) -> dict[str, Any]:
     return found
 
 
+def adalora(peft: Any, folder: Path) -> dict[str, Any]:
+    config = peft.AdaLoraConfig(init_r=4, target_r=2, tinit=1, tfinal=1, total_step=6, target_modules=["q_proj", "up_proj"],
+                                orth_reg_weight=0.1, task_type="CAUSAL_LM")  # fmt: skip
+    made = peft.get_peft_model(llama(), config).train()
+    fill(made)
+    layer = made.base_model.model.model.layers[0].self_attn.q_proj
+    optimiser = torch.optim.SGD([p for p in made.parameters() if p.requires_grad], lr=0.05)
+    losses, left = [], []
+    for step in range(1, 7):
+        loss = made(input_ids=IDS, labels=IDS).loss
+        loss.backward()
+        optimiser.step()
+        if step < 5:
+            made.base_model.update_and_allocate(step)
+        optimiser.zero_grad()
+        losses.append(loss.item())
+        left.append(int((layer.lora_E["default"] != 0).sum()))
+    found = {"losses": torch.tensor(losses), "left": left, "layer": (repr(layer).partition("(")[0], layer.lora_A["default"].shape)}
+    made.eval()
+    found |= {"moved": logits(made), "names": [n for n, _ in made.named_parameters()]}
+    made.save_pretrained(folder)
+    return found | {"read": logits(peft.PeftModel.from_pretrained(llama(), folder)), "plain": logits(made.merge_and_unload())}
+
+
 def vera(peft: Any, folder: Path) -> dict[str, Any]:
     made = peft.get_peft_model(llama(), peft.VeraConfig(r=6, target_modules=["q_proj", "v_proj", "up_proj"], task_type="CAUSAL_LM"))
     found = whole_life(peft, made.eval(), logits, folder, llama)
@@ -343,7 +367,8 @@ def files(peft: Any, folder: Path) -> dict[str, Any]:
 
 
 TOLD = (
-    ia3, norms, others, vera, conv1d, dora, convolutions, embeddings, biases, classifier, seq2seq, mixed, scales, weighted, prompts,
+    ia3, norms, adalora, others, vera, conv1d, dora, convolutions, embeddings, biases, classifier, seq2seq, mixed, scales, weighted,
+    prompts,
     swapped, half,
     files,
 )  # fmt: skip

@@ -131,13 +131,38 @@ def use(model: nn.Module, names: str | Sequence[str] | None) -> None:
 
 @contextmanager
 def using(model: nn.Module, names: str | Sequence[str] | None) -> Iterator[None]:
-    """`use` for the length of a with-block; afterwards the adapters that worked before work again."""
+    """`use` for the length of a with-block; afterwards the adapters that worked before work again.
+
+    None is the bare base also while adapters are merged into it: its own parameters stand in for the length of the block.
+    """
+    if names is None and any("kept" in site.__dict__ for site in sites(model).values()):
+        with _bare(sites(model)):
+            yield
+        return
     before = active(model)
     use(model, names)
     try:
         yield
     finally:
         use(model, before)
+
+
+@contextmanager
+def _bare(found: dict[str, Site]) -> Iterator[None]:
+    before = [(site, site.active, {key: _owned(site)[key] for key in site.__dict__.get("kept", ())}) for site in found.values()]
+    try:
+        for site in found.values():
+            activate(site, ())
+            _owned(site).update(site.__dict__.get("kept", {}))
+        yield
+    finally:
+        for site, working, merged in before:
+            activate(site, working)
+            _owned(site).update(merged)
+
+
+def _owned(site: Site) -> dict[str, nn.Parameter | None]:
+    return cast(nn.Module, site)._parameters
 
 
 @contextmanager

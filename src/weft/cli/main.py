@@ -21,6 +21,8 @@ COMMANDS = {  # command -> (what it does; its module is weft.cli.<command>)
     "generate": "answer one prompt, a file of prompts, or chat",
     "merge": "fold an adapter into its base and write a plain model",
     "quantize": "write a model in 4 or 8 bits",
+    "combine": "make one adapter of several",
+    "extract": "make an adapter of the difference between a base and a model fine-tuned whole",
     "demo": "watch a small model learn three tasks, on this machine, in minutes",
     "completion": "print a script that completes commands and flags in your shell",
 }

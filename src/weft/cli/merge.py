@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -10,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from weft.cli.common import Given, base_of, check_device, load, model_arguments, no_bars, out, say, step
+from weft.cli.common import Given, base_of, check_device, load, model_arguments, no_bars, out, say, settings_of, step
 from weft.cli.main import UsageError
 
 PROBE = (
@@ -24,6 +25,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", "--output", metavar="OUT", required=True, help="folder for the merged model")
     parser.add_argument("--dtype", choices=("auto", "fp32", "bf16", "fp16"), default="auto",
                         help="number format of what is written; auto: the one the base is stored in (default: auto)")  # fmt: skip
+    parser.add_argument("--onto", choices=("source", "trained"), default="source",
+                        help="for an adapter of a 4- or 8-bit base. source: fold it into the 16-bit model that the base was packed from; "
+                        "trained: into the numbers that it was trained on (default: source)")  # fmt: skip
+    parser.add_argument("--into", metavar="B", default=None,
+                        help="write the merged model packed, as weft quantize does: nf4, nf4:block=128 (left out: 16 or 32 bits)")  # fmt: skip
     parser.add_argument("--overwrite", action="store_true", help="replace a model's folder that OUT names")
     parser.add_argument("--untie", action="store_true", help="merge into a weight that two layers share by giving each its own")
 
@@ -37,14 +43,21 @@ def run(args: argparse.Namespace) -> int:
         import torch
 
         import weft.adapters
+        from weft.cli.quantize import write
         from weft.core import WeftError
-        from weft.models import BASES
+        from weft.models import BASES, parse_base
+        from weft.quant import quantise_
 
-    working, wanted = _formats(base, args)
-    model, tokenizer = load(base, [adapter], working, args.device)
+    trained = _trained_in(base, adapter.folder, args.base)
+    into = parse_base(args.into) if args.into else None
+    _check_formats(base, trained, into, args)
+    working, wanted = _formats(base, args, trained)
+    model, tokenizer = load(base, [adapter], trained if trained and args.onto == "trained" else working, args.device)
     with step("asking the adapter"):
         ids = probe(tokenizer, model)
         before = logits(model, ids)
+    with step("comparing"):
+        rows = changes(model, BASES[wanted], trained if args.onto == "source" else None, into)
     with step("merging"):
         try:
             weft.adapters.merge(model, keep=False, untie=args.untie)
@@ -54,13 +67,22 @@ def run(args: argparse.Namespace) -> int:
     with step("asking the merged model"):
         after = logits(cast(model, BASES[working]), ids)
         cast(model, BASES[wanted])  # back again: what was rounded once stays as it is
+    if into is not None:
+        with step("packing"):
+            quantise_(model, into[0], **into[1])
+            after = logits(cast(model, BASES[working]), ids)
     with step(f"writing {target}"), no_bars(), staged(target) as folder:
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        if into is not None:
+            write(model, folder, base)
+        else:
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
     same = (before.argmax(-1) == after.argmax(-1)).sum().item()
     size = sum(p.stat().st_size for p in target.iterdir())
     console = out()
-    console.print(f"merged into {target}: {size / 1e6:,.1f} MB in {wanted}", markup=False)
+    if trained or into:
+        _table(rows)
+    console.print(f"merged into {target}: {size / 1e6:,.1f} MB in {into[0] if into else wanted}", markup=False)
     console.print(
         f"largest logit difference to the adapter: {(before - after).abs().max():.2g}, of logits up to {before.abs().max():.3g}; "
         f"the likeliest token is the same in {same} of {ids.shape[1]} places",
@@ -71,7 +93,96 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _formats(base: str, args: argparse.Namespace) -> tuple[str, str]:
+def _trained_in(base: str, folder: Path, given: str) -> str | None:
+    """The packed format that the adapter was trained on, by --base, its recipe or the base's own file; None for a plain one."""
+    from weft.models import parse_base
+    from weft.quant import FORMATS
+
+    for text in (given, str(settings_of(folder).get("base", "auto"))):
+        if parse_base(text)[0] in FORMATS:
+            return text
+    return "auto" if _packed_file(base) else None
+
+
+def _packed_file(base: str) -> bool:
+    """Whether the base's own file is packed, so that there is no 16-bit source in it."""
+    from weft.models import resolve
+
+    try:
+        return "quantization_config" in json.loads((Path(resolve(base)) / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False  # loading it will tell what is wrong with it
+
+
+def _check_formats(base: str, trained: str | None, into: tuple[str, Any] | None, args: argparse.Namespace) -> None:
+    from weft.quant import FORMATS
+
+    if args.onto == "trained" and trained is None:
+        raise UsageError("--onto trained: this adapter was trained on a plain base; leave it out, or name the packed one by --base nf4")
+    if args.onto == "source" and _packed_file(base):
+        raise UsageError(
+            f"{base} is packed, so the 16-bit weights that it was made from are not in it: give them by --model, or merge into the numbers "
+            "that the adapter was trained on by --onto trained"
+        )
+    if into is not None and into[0] not in FORMATS:
+        raise UsageError(f"--into {args.into} is no packed format: write --dtype {args.into} for a plain model, or --into nf4")
+    if into is not None and args.onto == "trained":
+        raise UsageError(
+            "--into with --onto trained would unpack, add and pack again, and rounding takes nearly all of a usual adapter away (it keeps "
+            "1.5% of one of 1% of the weights' size). Merge into the 16-bit source (--onto source), or write 16 bits (without --into)"
+        )
+
+
+def changes(model: Any, dtype: Any, trained: str | None, into: tuple[str, Any] | None) -> list[tuple[str, float, float, float | None]]:
+    """For each adapted weight, before merging: its path, ‖BA‖ / ‖W‖, the kept fraction, and |W16 - W4| / |W16| where W4 was trained on.
+
+    BA stands for the change that the adapter makes, whatever its method. The kept fraction is that of the change which is still there in
+    what is written: ⟨written - W, BA⟩ / ⟨BA, BA⟩; for a packed one W is packed too, since its own error is no change.
+    """
+    import torch
+
+    from weft.core import sites, slot_of
+    from weft.models import parse_base
+    from weft.quant import FORMATS, dense, roundtrip
+
+    before = parse_base(trained) if trained else None
+    found: list[tuple[str, float, float, float | None]] = []
+    with torch.inference_mode():
+        for path, site in sites(model).items():
+            names = [n for n in site.active if n in slot_of(site)]
+            if len(names) != 1 or slot_of(site)[names[0]].unmergeable(site) or not slot_of(site)[names[0]].method.mergeable:
+                continue
+            value = slot_of(site)[names[0]].merged(site).get("weight")
+            if value is None or value.dim() != 2:
+                continue
+            own: Any = dense(site).float()
+            change = value.float() - own
+            if into is None:
+                left = value.to(dtype).float() - own
+            else:
+                packed = [roundtrip(w.to(dtype), into[0], **into[1]).float() for w in (value, own)]
+                left = packed[0] - packed[1]
+            size = own.norm().clamp(min=1e-30)
+            kept = (left * change).sum() / change.square().sum().clamp(min=1e-30)
+            off = None
+            if before is not None and before[0] in FORMATS:
+                off = float((roundtrip(own, before[0], **before[1]) - own).norm() / size)
+            found.append((path, float(change.norm() / size), float(kept), off))
+    return found
+
+
+def _table(rows: list[tuple[str, float, float, float | None]]) -> None:
+    from rich.table import Table
+
+    table = Table()
+    for title in ("layer", "‖BA‖ / ‖W‖", "kept", "|W16 - W4| / |W|"):
+        table.add_column(title, justify="left" if title == "layer" else "right")
+    for path, size, kept, off in rows:
+        table.add_row(path, f"{size:.4f}", f"{kept:.3f}", "-" if off is None else f"{off:.4f}")
+    out().print(table)
+
+
+def _formats(base: str, args: argparse.Namespace, trained: str | None) -> tuple[str, str]:
     """(format to load, merge and compare in, format to write). Each weight is rounded once, from what is stored to what is written.
 
     On a CPU the work is done in fp32, as `weft generate` does there; on an accelerator in 16 bits where that loses nothing.
@@ -87,11 +198,11 @@ def _formats(base: str, args: argparse.Namespace) -> tuple[str, str]:
     except (OSError, ValueError):
         config = None  # loading it will tell what is wrong with it
     stored = next((name for name, dtype in BASES.items() if dtype == getattr(config, "dtype", None)), "fp32")
-    if args.base != "auto":
+    if args.base in BASES:
         stored = args.base
     wanted = stored if args.dtype == "auto" else args.dtype
     cpu = args.device == "cpu" or (args.device is None and not torch.cuda.is_available())
-    return (stored if stored == wanted and (args.base != "auto" or not cpu) else "fp32"), wanted
+    return (stored if stored == wanted and (args.base in BASES or not cpu) else "fp32"), wanted
 
 
 def cast(model: Any, dtype: Any) -> Any:

@@ -126,11 +126,13 @@ class AdaLoraLayer(LoraLayer):
     FAMILY: ClassVar[str] = "adalora"
     adapter_layer_names: tuple[str, ...] = ("lora_A", "lora_B", "lora_E", "lora_embedding_A", "lora_embedding_B")
     CONTAINERS: ClassVar[Mapping[str, type[nn.Module]]] = {
-        "lora_dropout": nn.ModuleDict, "lora_E": nn.ParameterDict, "lora_A": nn.ParameterDict, "lora_B": nn.ParameterDict,
+        "lora_dropout": nn.ModuleDict, "lora_A": nn.ParameterDict, "lora_B": nn.ParameterDict, "lora_E": nn.ParameterDict,
+        "ranknum": nn.ParameterDict,
     }  # fmt: skip
 
     def _added(self, name: str, adapter: Adapter, config: Any) -> None:
         self.lora_alpha[name] = config.lora_alpha
+        self.ranknum[name] = nn.Parameter(torch.tensor(float(self.r[name])), requires_grad=False)  # peft's; nothing here reads it
         self.lora_dropout[name] = nn.Dropout(config.lora_dropout) if config.lora_dropout > 0 else nn.Identity()
 
     def get_delta_weight(self, adapter: str) -> Tensor:

@@ -16,6 +16,9 @@ _CHOSEN_HERE: dict[str, Any] = {
 }  # fmt: skip
 
 
+_PLAIN = ("gaussian", "orthogonal")  # ways to begin after which A and B alone are the whole adapter
+
+
 def method_of(config: Any, targets: list[str]) -> Method:
     """The method that a configuration means. Raises FaceError for what weft does not compute."""
     values: dict[str, Any] = {k: sorted(v) if isinstance(v, set) else getattr(v, "value", v) for k, v in config.to_dict().items()}
@@ -29,10 +32,11 @@ def method_of(config: Any, targets: list[str]) -> Method:
         method = format_for(values).read(values)
         start = getattr(config, "init_lora_weights", True)
         if isinstance(method, LoRA) and isinstance(start, str):
-            start = start.lower()
-            known = [a for a in get_args(get_type_hints(LoRA)["init"]) if isinstance(a, str)]
-            if start not in known and not (start.startswith("pissa_niter_") and "pissa" in known):
-                raise ValueError(f"Unknown initialization init_lora_weights={config.init_lora_weights!r}; there are {', '.join(known)}")
+            known = [a for a in get_args(get_type_hints(LoRA)["init"]) if a in _PLAIN]
+            if start not in known:
+                raise ValueError(
+                    f"Unknown initialization init_lora_weights={start!r}: here there are True, False, {', '.join(map(repr, known))}"
+                )
             method = replace(method, init=start)
     return method
 

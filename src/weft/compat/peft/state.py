@@ -39,7 +39,7 @@ def live_names(model: nn.Module, adapter_name: str, state: Mapping[str, Any]) ->
         at = f"{path}." if path else ""
         if isinstance(module, BaseTunerLayer):
             for child, container in module.named_children():
-                if isinstance(container, nn.ModuleDict | nn.ParameterDict) and adapter_name in container:
+                if child != "ranknum" and isinstance(container, nn.ModuleDict | nn.ParameterDict) and adapter_name in container:
                     live = f"{at}{child}.{adapter_name}"
                     if live in state:
                         names[f"{at}{child}"] = live
