@@ -30,6 +30,8 @@ _HOME = {
     "LoHa": "weft.methods",
     "LoKr": "weft.methods",
     "OFT": "weft.methods",
+    "Bottleneck": "weft.methods",
+    "Subspace": "weft.methods",
     "Full": "weft.methods",
     "adapt": "weft.adapters",
     "combine": "weft.adapters",
@@ -56,7 +58,24 @@ if TYPE_CHECKING:
     from weft.adapters import adapt, combine, convert, load, merge, remove, rows, save, summary, unmerge, use, using
     from weft.adapters.extract import extract
     from weft.core import Adapter, Method, Site, WeftError
-    from weft.methods import IA3, OFT, AdaLoRA, BitFit, DoRA, Full, LNTuning, LoHa, LoKr, LoRA, PrefixTuning, PromptTuning, PTuning, VeRA
+    from weft.methods import (
+        IA3,
+        OFT,
+        AdaLoRA,
+        BitFit,
+        Bottleneck,
+        DoRA,
+        Full,
+        LNTuning,
+        LoHa,
+        LoKr,
+        LoRA,
+        PrefixTuning,
+        PromptTuning,
+        PTuning,
+        Subspace,
+        VeRA,
+    )
     from weft.models import load_base, load_tokenizer
     from weft.train import Recipe, fit, fit_together
 

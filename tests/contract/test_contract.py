@@ -24,6 +24,7 @@ EMBED = dict(llama=("embed_tokens", "q_proj"), gpt2=("wpe", "c_fc"), plain=("emb
 SCALED = dict(llama="all-linear", gpt2="all-linear", plain=("up", "down"), conv="all")
 SCALED_INSIDE = dict(llama=("down_proj", "q_proj"), gpt2="mlp.c_proj", plain="down", conv=("second", "third"))
 EVERY = LINEAR | {"conv": "all"}
+NECKS = dict(llama="auto", gpt2="auto", plain=("up", "down"), conv="out")
 METHODS_TRIED: dict[str, Callable[[str], Method]] = {
     "lora": lambda m: weft.LoRA(rank=4, alpha=8, targets=LINEAR[m]),
     "rslora": lambda m: weft.LoRA(rank=4, alpha=3, rslora=True, init="gaussian", targets=LINEAR[m]),
@@ -52,6 +53,11 @@ METHODS_TRIED: dict[str, Callable[[str], Method]] = {
     "lokr-cored": lambda m: weft.LoKr(rank=1, decompose_both=True, use_effective_conv2d=True, decompose_factor=4, targets=EVERY[m]),
     "oft": lambda m: weft.OFT(block_size=4, targets=EVERY[m]),
     "oft-exact": lambda m: weft.OFT(block_size=0, blocks=2, block_share=True, use_cayley_neumann=False, targets=EVERY[m]),
+    "bottleneck": lambda m: weft.Bottleneck(reduction=4, targets=NECKS[m], nonlinearity="relu"),
+    "bottleneck-pfeiffer": lambda m: weft.Bottleneck(kind="pfeiffer", reduction=4, layernorm=True, train_norms=True, targets=NECKS[m]),
+    "bottleneck-parallel": lambda m: weft.Bottleneck(kind="parallel", reduction=4, scale=4.0, targets=NECKS[m]),
+    "subspace": lambda m: weft.Subspace(dimension=30, targets=EVERY[m]),
+    "subspace-said": lambda m: weft.Subspace(dimension=40, structure_aware=True, dense_below=0, targets=EVERY[m]),
     "full": lambda m: weft.Full(),
     "full-norms": lambda m: weft.Full(targets=dict(llama="re:.*norm", gpt2="ln_*", plain="norm", conv="first")[m]),
 }

@@ -11,7 +11,7 @@ import transformers as tf
 from torch import nn
 
 import weft
-from tests.conftest import Plain, llama
+from tests.conftest import Plain, jolt, llama
 from weft.adapters import attached
 from weft.methods.blocks import role
 
@@ -79,6 +79,12 @@ def test_every_family_s_blocks_are_found(family: str) -> None:
         (lambda: weft.adapt(Plain(), weft.IA3()), r"targets='auto' .* leaves no layer"),
         (lambda: weft.adapt(llama(), weft.IA3(targets="embed_tokens")), "matches only Embedding"),
         (lambda: weft.adapt(llama(), weft.LoRA(targets="auto")), 'LoRA has no targets="auto"'),
+        (lambda: weft.Bottleneck(reduction=0), "a reduction of 0"),
+        (lambda: weft.Bottleneck(nonlinearity="step"), "there are relu, gelu, silu, tanh"),  # type: ignore[arg-type]
+        (lambda: weft.Bottleneck(kind="serial"), "there are 'houlsby', 'pfeiffer' and 'parallel'"),  # type: ignore[arg-type]
+        (lambda: weft.adapt(FAMILIES["opt"][0](), weft.Bottleneck(kind="parallel")), "none is a module of its own"),
+        (lambda: weft.adapt(Plain(), weft.Bottleneck()), "leaves no layer"),
+        (lambda: weft.merge(weft.adapt(llama(), weft.Bottleneck())), "no change of weights"),
         (lambda: weft.LoHa(rank=0), "LoHa cannot be built with a rank of 0"),
         (lambda: weft.LoKr(module_dropout=1.0), "LoKr cannot be built with a module_dropout of 1.0"),
         (lambda: weft.LoKr(decompose_factor=0), "a decompose_factor of 0"),
@@ -91,6 +97,21 @@ def test_every_family_s_blocks_are_found(family: str) -> None:
 def test_what_is_refused(wrong: Callable[[], Any], words: str) -> None:
     with pytest.raises(weft.WeftError, match=words):
         wrong()
+
+
+@pytest.mark.parametrize("family", ["mixtral", "bert", "t5"])
+def test_bottlenecks_stand_in_every_family(family: str) -> None:
+    """Also around a block of fused experts, and they begin as nothing."""
+    torch.manual_seed(0)
+    model = FAMILIES[family][0]().eval()
+    batch = {name: torch.arange(3, 15).view(2, 6) for name in ("input_ids", *(["decoder_input_ids"] if family == "t5" else []))}
+    with torch.no_grad():
+        before = model(**batch).logits
+        for kind in ("houlsby", "pfeiffer") + (() if family == "bert" else ("parallel",)):
+            weft.adapt(model, weft.Bottleneck(kind=kind, reduction=4), name=kind)  # type: ignore[arg-type]
+            assert torch.equal(model(**batch).logits, before)
+            jolt(nn.ModuleList(attached(model, kind).values()))
+            assert (model(**batch).logits - before).abs().max() > 1e-4
 
 
 def test_biases_that_two_modules_share_stay_shared() -> None:

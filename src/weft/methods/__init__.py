@@ -2,6 +2,7 @@
 
 from weft.methods.adalora import AdaLoRA
 from weft.methods.bitfit import BitFit
+from weft.methods.bottleneck import Bottleneck
 from weft.methods.dora import DoRA
 from weft.methods.full import Full
 from weft.methods.ia3 import IA3
@@ -13,9 +14,24 @@ from weft.methods.oft import OFT
 from weft.methods.prefix import PrefixTuning
 from weft.methods.prompt import PromptTuning
 from weft.methods.ptuning import PTuning
+from weft.methods.subspace import Subspace
 from weft.methods.vera import VeRA
 
 __all__ = [
-    "IA3", "OFT", "AdaLoRA", "BitFit", "DoRA", "Full", "LNTuning", "LoHa", "LoKr", "LoRA", "PTuning", "PrefixTuning",
-    "PromptTuning", "VeRA",
-]  # fmt: skip
+    "IA3",
+    "OFT",
+    "AdaLoRA",
+    "BitFit",
+    "Bottleneck",
+    "DoRA",
+    "Full",
+    "LNTuning",
+    "LoHa",
+    "LoKr",
+    "LoRA",
+    "PTuning",
+    "PrefixTuning",
+    "PromptTuning",
+    "Subspace",
+    "VeRA",
+]
