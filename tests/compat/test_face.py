@@ -109,6 +109,29 @@ def test_a_failed_adapter_leaves_nothing_behind() -> None:
     assert list(model.state_dict()) == names and list(model.peft_config) == ["default"] and torch.equal(logits(model), out)
 
 
+def test_a_base_in_four_bits() -> None:
+    def base() -> torch.nn.Module:
+        return weft.load_base("embedded", base="nf4", device="cpu")
+
+    model = face.get_peft_model(base(), face.LoraConfig(r=4, target_modules=["q_proj", "up_proj"], task_type="CAUSAL_LM")).eval()
+    fill(model, size=0.02)
+    out = logits(model)
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    delta = layer.get_delta_weight("default")
+    model.merge_adapter()
+    assert torch.equal(layer.get_delta_weight("default"), delta)
+    model.unmerge_adapter()
+    assert torch.equal(logits(model), out)
+    plain = model.merge_and_unload()
+    assert torch.nn.functional.cosine_similarity(logits(plain).float().flatten(), out.float().flatten(), 0) > 0.999
+    assert type(plain.model.layers[0].self_attn.q_proj) is torch.nn.Linear
+
+
+def test_what_is_never_called_is_refused() -> None:
+    with pytest.raises(ValueError, match="never calls it"):
+        face.get_peft_model(torch.nn.TransformerEncoderLayer(8, 2, 16), face.LoraConfig(target_modules=["out_proj"]))
+
+
 def test_lora_plus() -> None:
     optimiser = face.optimizers.create_loraplus_optimizer(made(), torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=16)
     assert [(len(g["params"]), g["lr"]) for g in optimiser.param_groups] == [(4, 1e-3), (0, 1e-6), (4, 16e-3), (0, 16e-3)]

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from weft.adapters.merge import _fold
 from weft.compat.peft.kinds import as_value_error
 from weft.compat.peft.views import HiddenSlot, bare, frozen_dtype, hide, holder, parts, show
-from weft.core import Adapter, Front, Mixture, Site, activate, close_site, is_conv1d, slot_of
-from weft.quant import dense
+from weft.core import Adapter, Front, Mixture, Site, activate, close_site, is_conv1d, slot_of, unmerged
+from weft.quant import dense, settle
 
 
 class BaseTunerLayer(Front):
@@ -154,6 +154,7 @@ class BaseTunerLayer(Front):
                 del site.__dict__["fronts"]
                 show(site)
                 close_site(site)
+                settle(site)  # a packed layer whose weight has become numbers is a plain layer from now on
         return self.base_layer
 
     # ---- which of them work
@@ -264,9 +265,9 @@ class BaseTunerLayer(Front):
     def get_delta_weight(self, adapter: str) -> Tensor:
         """What merging this adapter adds to the weight, in the weight's own layout."""
         site: Any = self.get_base_layer()
-        base = site.__dict__["kept"]["weight"] if "weight" in site.__dict__.get("kept", {}) else dense(site)
+        before: Any = unmerged(site)
         with torch.no_grad(), as_value_error():
-            return self.slot[adapter].merged(site)["weight"] - base.float()
+            return self.slot[adapter].merged(before)["weight"] - dense(before).float()
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         return False

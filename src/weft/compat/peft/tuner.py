@@ -157,6 +157,8 @@ class BaseTuner(Front):
         targeted = self._find(config, everything, state_dict)
         for path in targeted:
             self._check_target(config, path, everything[path])
+            if isinstance(everything.get(path.rpartition(".")[0]), nn.MultiheadAttention):
+                raise ValueError(f"{path} is inside nn.MultiheadAttention, which never calls it: an adapter there would do nothing")
         method = method_of(config, targeted)
         for path in targeted:
             if not method.accepts(everything[path]):
