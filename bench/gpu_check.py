@@ -27,6 +27,7 @@ from weft.kernels.fp8_gemm import both_layouts, can_fp8, fp8_linear, quantise_ro
 from weft.kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
 from weft.kernels.low_rank import low_rank_add, low_rank_add_reference
 from weft.models import attention
+from weft.quant import FORMATS, QuantLinear, dense
 from weft.step import loss_sum
 from weft.step import prepare as prepare_step
 from weft.train import EvalConfig, Recipe, TrainConfig
@@ -62,6 +63,31 @@ def low_rank() -> None:
             want.backward(g.double())
             worst = max([distance(out, want), *(distance(a.grad, b.grad) for a, b in zip(leaves, exact, strict=True))])
             check(f"low_rank_add {dtype} {rows}×{inside}→{outside} r={rank}: output and gradients", worst, bound)
+
+
+def quantised() -> None:
+    """Each packed format: the Triton kernel against the plain twin bit for bit, and a layer's output and gradient against its numbers'."""
+    options: dict[str, list[dict[str, Any]]] = {"nf4": [{"block": b, "nested": n} for b in (32, 64, 4096) for n in (False, True)]}
+    options["fp4"] = options["nf4"]
+    for base in ("nf4", "fp4", "int8", "fp8", "fp8-block"):
+        form, worst, layers = FORMATS[base], 0.0, 0.0
+        for shape in ((1, 1), (33, 7), (48, 40), (3, 50, 96), (257, 1000), (1024, 2048)):
+            weight = torch.randn(shape, device=DEVICE)
+            for more in options.get(base, [{}]):
+                held = form.pack(weight, **more)
+                plain = {k: v.cpu() for k, v in held.items()}
+                for dtype in (torch.float32, torch.bfloat16, torch.float16):
+                    same = torch.equal(form.unpack(held, shape, dtype).cpu(), form.unpack(plain, shape, dtype))
+                    worst = max(worst, float(not same))
+                if len(shape) == 2:
+                    layer = QuantLinear.of(held, shape, base, torch.float32)
+                    x = torch.randn(5, shape[1], device=DEVICE, requires_grad=True)
+                    g = torch.randn(5, shape[0], device=DEVICE)
+                    layer(x).backward(g)
+                    W = dense(layer).double()
+                    layers = max(layers, distance(layer(x), x.double() @ W.T), distance(x.grad, g.double() @ W))
+        check(f"{base}: Triton against plain torch on the CPU, bit for bit", worst, 0.0)
+        check(f"{base}: a layer's output and gradient against its numbers in fp64", layers, 1e-5)
 
 
 def adapters() -> None:
@@ -210,7 +236,7 @@ def tests() -> dict[str, Any]:
 
 def main() -> int:
     torch.backends.cuda.matmul.allow_tf32 = False
-    for part in (low_rank, fused_loss, fp8, adapters, packed, fast_step, training):
+    for part in (low_rank, quantised, fused_loss, fp8, adapters, packed, fast_step, training):
         part()
     pytest = tests() if "--no-tests" not in sys.argv else {"ok": True, "closing": "left out"}
     ok = all(c["ok"] for c in CHECKS) and pytest["ok"]

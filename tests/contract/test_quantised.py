@@ -16,7 +16,7 @@ from tests.contract.test_contract import METHODS_TRIED
 from weft.adapters import attached, trainable
 from weft.quant import Quantised, dense, is_quantised, quantise_
 
-BASES = {"nf4": dict(block=32)}
+BASES = {"nf4": dict(block=32), "int8": {}}
 
 
 def quantised(base: str, dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -40,7 +40,7 @@ def run(model: nn.Module, ids: Tensor) -> Tensor:
     return model(ids).logits
 
 
-@pytest.fixture(params=[f"{method}/{base}" for method in METHODS_TRIED for base in BASES])
+@pytest.fixture(params=[*(f"{method}/nf4" for method in METHODS_TRIED), *(f"{method}/int8" for method in ("lora", "lora-biases", "full"))])
 def case(request: pytest.FixtureRequest) -> tuple[nn.Module, weft.Method]:
     method, _, base = request.param.partition("/")
     return quantised(base), METHODS_TRIED[method]("llama")

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from weft.kernels.scratch import real
+from weft.kernels.triton import dequantise_4bit_triton, usable
 
 # fmt: off
 # The levels of NF4 are written out: the formula of the paper gives 10 of the 16 bit for bit at best, whoever computes the quantiles.
@@ -115,6 +116,9 @@ def dequantise_4bit(
         made = _op(packed, absmax, nested_absmax, nested_offset, kind, list(shape), dtype, again)
         return made if out is None else out.copy_(made)
     out = torch.empty(shape, dtype=dtype, device=packed.device) if out is None else out
+    if usable(packed):
+        block, place = block_size(out.numel(), absmax.numel()), packed.device
+        return dequantise_4bit_triton(packed, absmax, nested_absmax, nested_offset, table(kind, place), dynamic(place), out, block)
     return dequantise_4bit_reference(packed, absmax, nested_absmax, nested_offset, kind, out)
 
 

@@ -1,6 +1,6 @@
 """Frozen-base formats: a weight as a few plain tensors, layers that hold them, and one question asked of all: `dense(layer)`."""
 
-from weft.quant import four_bit
+from weft.quant import bitsandbytes, eight_bit, four_bit, mxfp4
 from weft.quant.convert import Packing, QuantReport, bits, candidates, install, packable, quantise_, relative_error, roundtrip
 from weft.quant.formats import FORMATS, Format, format_of, writable
 from weft.quant.layers import Decoding, Quantised, QuantLinear, computing, dense, is_quantised, settle
@@ -14,13 +14,16 @@ __all__ = [
     "QuantReport",
     "Quantised",
     "bits",
+    "bitsandbytes",
     "candidates",
     "computing",
     "dense",
+    "eight_bit",
     "format_of",
     "four_bit",
     "install",
     "is_quantised",
+    "mxfp4",
     "packable",
     "quantise_",
     "relative_error",

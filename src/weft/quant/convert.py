@@ -160,7 +160,7 @@ def bits(tensors: dict[str, Tensor], numel: int) -> float:
 def relative_error(weight: Tensor, packed: Tensor) -> float:
     """‖W - Ŵ‖ / ‖W‖, summed piece by piece in fp64."""
     off = size = 0.0
-    for a, b in zip(weight.reshape(-1).split(1 << 22), packed.reshape(-1).split(1 << 22), strict=True):
+    for a, b in zip(torch.split(weight.reshape(-1), 1 << 22), torch.split(packed.reshape(-1), 1 << 22), strict=True):
         off += float((a.float() - b.float()).square().sum(dtype=torch.float64))
         size += float(a.float().square().sum(dtype=torch.float64))
     return float((off / size) ** 0.5) if size else 0.0

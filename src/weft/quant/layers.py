@@ -73,7 +73,7 @@ class Quantised(nn.Module):
             moved = fn(t)
             return moved if id(t) not in kept or moved.dtype == t.dtype else t.to(moved.device)
 
-        super()._apply(move, recurse)
+        super()._apply(move, recurse)  # type: ignore[no-untyped-call]
         self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
         return self
 
@@ -113,7 +113,7 @@ class QuantLinear(Quantised, nn.Linear):
         """A layer around packed tensors, which are not copied."""
         made = cls(shape[1], shape[0], base=base, dtype=dtype)
         made.hold("weight", tensors)
-        made.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        made._parameters["bias"] = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
         return made
 
     def forward(self, x: Tensor) -> Tensor:
@@ -218,7 +218,7 @@ def _decoding(own: type) -> type:
     return _Made(f"Quant{own.__name__}", (Decoding, own), {"__module__": own.__module__, "own": own})
 
 
-copyreg.pickle(_Made, lambda made: (_decoding, (made.own,)))  # type: ignore[arg-type, return-value, misc]
+copyreg.pickle(_Made, lambda made: (_decoding, (made.own,)))  # type: ignore[arg-type, return-value]
 
 
 def with_packed(
@@ -227,7 +227,8 @@ def with_packed(
     """Let parameters of any module be packed (name -> tensors, name -> shape as numbers): its class is swapped in place."""
     quant = cast(Decoding, module)
     module.__dict__.update(form=FORMATS[base], dtype=dtype, shapes=dict(shapes))
-    module.__class__ = _decoding(type(module))
+    own: Any = type(module)
+    module.__class__ = _decoding(own)
     for name, held in tensors.items():
         quant.hold(name, held)
 

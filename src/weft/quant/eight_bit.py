@@ -1,0 +1,71 @@
+"""int8 and fp8 (e4m3): a byte for each weight, and a scale for each row or each 128 × 128 tile."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from weft.core import WeftError
+from weft.kernels.eight_bit import TILE, dequantise_8bit
+from weft.quant.formats import Format, Packed
+
+
+class EightBit(Format):
+    """What they share: "weight" has the shape of the weight, "scale" is fp32, and w = q · scale."""
+
+    beside = ("scale",)
+    stored: ClassVar[torch.dtype]
+    largest: ClassVar[float]  # the largest number that a byte can be
+    tiled: ClassVar[bool] = False
+
+    def _pack(self, weight: Tensor, **options: Any) -> dict[str, Tensor]:
+        if weight.dim() < 2:
+            raise WeftError(f"{self.name} has a scale for each row, and a weight of shape {tuple(weight.shape)} has no rows")
+        w = weight.float()
+        scale = (_tile_max(w) if self.tiled else w.abs().amax(-1, keepdim=True)) / self.largest
+        full = scale
+        if self.tiled:
+            full = scale.repeat_interleave(TILE, -2)[..., : w.shape[-2], :].repeat_interleave(TILE, -1)[..., : w.shape[-1]]
+        q = torch.where(full > 0, w / full, 0.0).clamp_(-self.largest, self.largest)
+        return {"weight": q.round_().to(self.stored) if self.stored is torch.int8 else q.to(self.stored), "scale": scale}
+
+    def unpack(self, tensors: Packed, shape: tuple[int, ...], dtype: torch.dtype, out: Tensor | None = None, again: bool = False) -> Tensor:
+        return dequantise_8bit(tensors["weight"], tensors["scale"], tuple(shape), dtype, out, again)
+
+    def part(self, tensors: Packed, shape: tuple[int, ...], index: int) -> dict[str, Tensor] | None:
+        if len(shape) < 3:
+            return None
+        scale = tensors["scale"]
+        return {"weight": tensors["weight"][index], "scale": scale[index] if scale.dim() == len(shape) else scale}
+
+
+class Int8(EightBit):
+    """Whole numbers -127 to 127 and a scale for each row: w = q · absmax / 127. Error on normal weights of 4096 a row: 0.9%."""
+
+    name: ClassVar[str] = "int8"
+    stored, largest = torch.int8, 127.0
+
+
+class FP8(EightBit):
+    """8-bit floats (e4m3, at most 448) with a scale for each row."""
+
+    name: ClassVar[str] = "fp8"
+    stored, largest = torch.float8_e4m3fn, 448.0
+
+
+class FP8Block(FP8):
+    """8-bit floats with a scale for each 128 × 128 tile, as DeepSeek's and Qwen's checkpoints have them."""
+
+    name: ClassVar[str] = "fp8-block"
+    tiled = True
+
+
+def _tile_max(w: Tensor) -> Tensor:
+    """(..., ⌈rows/128⌉, ⌈columns/128⌉) the largest size in each tile."""
+    rows, columns = w.shape[-2:]
+    padded = F.pad(w.abs(), (0, -columns % TILE, 0, -rows % TILE))
+    *lead, rows, columns = padded.shape
+    return padded.view(*lead, rows // TILE, TILE, columns // TILE, TILE).amax((-3, -1))

@@ -1,0 +1,125 @@
+"""Each kernel against its plain twin, on shapes drawn at random; the Triton kernels run in Triton's interpreter."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from weft.kernels.four_bit import NF4, block_size
+from weft.kernels.scratch import release, scratch
+from weft.quant import FORMATS, QuantLinear, computing, dense, relative_error, roundtrip
+from weft.quant.four_bit import BLOCKS
+
+SHAPES = st.tuples(st.integers(1, 40), st.integers(1, 200))
+FOUR = st.sampled_from(["nf4", "fp4"])
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is for Linux only")
+def test_the_triton_kernels_equal_plain_torch() -> None:
+    script = Path(__file__).with_name("interpreted.py")
+    done = subprocess.run([sys.executable, script], env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.strip() == "66 equal", done.stderr[-2000:]
+
+
+@settings(max_examples=40, deadline=None)
+@given(shape=SHAPES, block=st.sampled_from(BLOCKS), kind=FOUR, nested=st.booleans(), seed=st.integers(0, 99))
+def test_a_weight_is_decoded_element_by_element(shape: tuple[int, int], block: int, kind: str, nested: bool, seed: int) -> None:
+    torch.manual_seed(seed)
+    w = torch.randn(shape) * 10 ** torch.randn(())
+    held = FORMATS[kind].pack(w, block=block, nested=nested)
+    got = FORMATS[kind].unpack(held, shape, torch.float32).flatten()
+    numel = w.numel()
+    found = block_size(numel, held["absmax"].numel())
+    assert -(-numel // found) == -(-numel // block) and (found == block or held["absmax"].numel() == 1)
+    packed, levels = held["weight"].flatten().tolist(), torch.tensor(NF4)
+    if kind == "nf4" and not nested:
+        for i in range(0, numel, max(1, numel // 17)):
+            code = packed[i // 2] >> 4 if i % 2 == 0 else packed[i // 2] & 15
+            assert got[i] == levels[code] * held["absmax"].flatten()[i // block]
+            assert (levels * held["absmax"].flatten()[i // block] - w.flatten()[i]).abs().argmin() == code
+    again = FORMATS[kind].pack(got.view(shape), block=block, nested=False)
+    assert torch.allclose(FORMATS[kind].unpack(again, shape, torch.float32).flatten(), got, rtol=1e-5, atol=1e-6) or nested
+    for dtype in (torch.bfloat16, torch.float16):
+        assert torch.equal(FORMATS[kind].unpack(held, shape, dtype), got.view(shape).to(dtype)), "computed in fp32, rounded once"
+
+
+@settings(max_examples=20, deadline=None)
+@given(shape=SHAPES, seed=st.integers(0, 99))
+def test_a_searched_scale_is_never_worse(shape: tuple[int, int], seed: int) -> None:
+    w = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    for kind in ("nf4", "fp4"):
+        plain, searched = (relative_error(w, roundtrip(w, kind, nested=False, quant_scale=q)) for q in ("absmax", "mse"))
+        assert searched <= plain * (1 + 1e-6)
+
+
+@settings(max_examples=30, deadline=None)
+@given(shape=SHAPES, base=st.sampled_from(["nf4", "fp4", "int8", "fp8", "fp8-block"]), seed=st.integers(0, 99))
+def test_a_layer_computes_with_its_numbers(shape: tuple[int, int], base: str, seed: int) -> None:
+    torch.manual_seed(seed)
+    layer = QuantLinear.of(FORMATS[base].pack(torch.randn(shape)), shape, base, torch.float32, torch.randn(shape[0]))
+    W = dense(layer).double()
+    x, g = torch.randn(2, 3, shape[1], requires_grad=True), torch.randn(2, 3, shape[0])
+    y = layer(x)
+    y.backward(g)
+    assert torch.allclose(y.double(), x.double() @ W.T + layer.bias, atol=1e-4)
+    assert torch.allclose(x.grad.double(), g.double() @ W, atol=1e-4)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(x).dtype == torch.bfloat16
+
+
+def test_part_of_experts_is_a_part_of_the_whole() -> None:
+    w = torch.randn(3, 8, 64)
+    for base, options in (("nf4", {}), ("nf4", dict(nested=False)), ("int8", {}), ("fp8-block", {})):
+        held = FORMATS[base].pack(w, **options)
+        part = FORMATS[base].part(held, w.shape, 1)
+        assert part is not None
+        assert torch.equal(FORMATS[base].unpack(part, (8, 64), torch.float32), FORMATS[base].unpack(held, w.shape, torch.float32)[1])
+    assert FORMATS["nf4"].part(FORMATS["nf4"].pack(torch.randn(3, 5, 7)), torch.Size((3, 5, 7)), 1) is None, "blocks straddle experts"
+
+
+def test_the_buffer_is_used_again_and_belongs_to_its_thread() -> None:
+    like = torch.zeros(1)
+    first = scratch((4, 8), like, torch.float32)
+    assert first is not None
+    with torch.inference_mode():
+        assert scratch((2, 3), like, torch.float32).data_ptr() == first.data_ptr()
+    theirs: list[int] = []
+    thread = threading.Thread(target=lambda: theirs.append(scratch((4, 8), like, torch.float32).data_ptr()))
+    thread.start()
+    thread.join()
+    assert theirs[0] != first.data_ptr()
+    assert scratch((4, 8), torch.zeros(1, device="meta"), torch.float32) is None
+    release()
+
+
+def test_a_cpu_multiplies_in_the_dtype_that_it_is_fast_in() -> None:
+    cpu = torch.device("cpu")
+    assert computing(torch.float32, cpu) == torch.float32 and computing(torch.float16, cpu) == torch.float32
+    fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    assert computing(torch.bfloat16, cpu) == (torch.bfloat16 if fast else torch.float32)
+    assert computing(torch.bfloat16, torch.device("meta")) == torch.bfloat16
+
+
+def test_moving_and_casting_never_touch_the_bytes() -> None:
+    for base in ("nf4", "int8", "fp8", "fp8-block"):
+        layer = QuantLinear.of(FORMATS[base].pack(torch.randn(8, 64)), (8, 64), base, torch.float32, torch.zeros(8))
+        before = {k: v.clone() for k, v in layer.tensors().items()}
+        want = dense(layer)
+        for cast in (nn.Module.half, nn.Module.double, nn.Module.bfloat16, lambda m: m.to("cpu", torch.float32)):
+            layer = cast(layer)
+            for key, value in layer.tensors().items():
+                assert value.dtype == before[key].dtype and value.tolist() == before[key].tolist(), (base, key)
+            assert layer.bias.dtype == layer.dtype == dense(layer).dtype
+        assert torch.equal(dense(layer), want)
+        layer.requires_grad_(True)
+        assert not layer.weight.requires_grad and layer.bias.requires_grad
