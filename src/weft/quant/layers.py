@@ -121,8 +121,9 @@ class QuantLinear(Quantised, nn.Linear):
             return F.linear(x, self.weight, self.bias)
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-        held = self.tensors()
-        y: Tensor = _Product.apply(x.to(dtype), self.form.name, self.shapes["weight"], tuple(held), *held.values())  # type: ignore[no-untyped-call]
+        held = [self._buffers.get(f"weight_{key}") for key in self.form.beside]
+        held += [None] * (3 - len(held))
+        y: Tensor = _Product.apply(x.to(dtype), self.form.name, self.shapes["weight"], self.weight, *held)  # type: ignore[no-untyped-call]
         return y if self.bias is None else y + self.bias.to(dtype)
 
 
@@ -130,23 +131,26 @@ class _Product(torch.autograd.Function):
     """x Wᵀ, with W from its packed tensors."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, base: str, shape: torch.Size, keys: tuple[str, ...], *held: Tensor) -> Tensor:
-        ctx.save_for_backward(*held)
-        ctx.base, ctx.shape, ctx.keys = base, shape, keys
+    def forward(
+        ctx: Any, x: Tensor, base: str, shape: torch.Size, weight: Tensor, first: Tensor | None, second: Tensor | None, third: Tensor | None
+    ) -> Tensor:  # a slot for each tensor that a format may have: torch.compile mistakes a Function with *args
+        ctx.save_for_backward(weight, first, second, third)
+        ctx.base, ctx.shape = base, shape
         wide = computing(x.dtype, x.device)
-        return F.linear(x.to(wide), _decoded(base, shape, dict(zip(keys, held, strict=True)), wide)).to(x.dtype)
+        return F.linear(x.to(wide), _decoded(base, shape, (weight, first, second, third), wide)).to(x.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> Any:
         wide = computing(g.dtype, g.device)
-        held = ctx.saved_tensors
-        dx = g.to(wide) @ _decoded(ctx.base, ctx.shape, dict(zip(ctx.keys, held, strict=True)), wide, again=True)
-        return dx.to(g.dtype), None, None, None, *(None for _ in held)
+        dx = g.to(wide) @ _decoded(ctx.base, ctx.shape, ctx.saved_tensors, wide, again=True)
+        return dx.to(g.dtype), None, None, None, None, None, None
 
 
-def _decoded(base: str, shape: torch.Size, held: dict[str, Tensor], dtype: torch.dtype, again: bool = False) -> Tensor:
-    return FORMATS[base].unpack(held, shape, dtype, scratch(shape, held["weight"], dtype), again)
+def _decoded(base: str, shape: torch.Size, held: tuple[Any, ...], dtype: torch.dtype, again: bool = False) -> Tensor:
+    form = FORMATS[base]
+    tensors = {key: t for key, t in zip(("weight", *form.beside), held, strict=False) if t is not None}
+    return form.unpack(tensors, shape, dtype, scratch(shape, held[0], dtype), again)
 
 
 @cache
