@@ -29,7 +29,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
                         help="for an adapter of a 4- or 8-bit base. source: fold it into the 16-bit model that the base was packed from; "
                         "trained: into the numbers that it was trained on (default: source)")  # fmt: skip
     parser.add_argument("--into", metavar="B", default=None,
-                        help="write the merged model packed, as weft quantize does: nf4, nf4:block=128 (left out: 16 or 32 bits)")  # fmt: skip
+                        help="write the merged model packed, as weft quantize does: nf4, fp4 (left out: 16 or 32 bits)")  # fmt: skip
     parser.add_argument("--overwrite", action="store_true", help="replace a model's folder that OUT names")
     parser.add_argument("--untie", action="store_true", help="merge into a weight that two layers share by giving each its own")
 
