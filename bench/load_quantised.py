@@ -31,8 +31,8 @@ def write(folder: Path, layers: int, hidden: int) -> None:
     from safetensors.torch import save_file
 
     config = transformers.LlamaConfig(
-        vocab_size=128256, hidden_size=hidden, intermediate_size=hidden * 7 // 2, num_hidden_layers=layers, num_attention_heads=hidden // 128,
-        num_key_value_heads=max(hidden // 512, 1), tie_word_embeddings=False, dtype="bfloat16",
+        vocab_size=128256, hidden_size=hidden, intermediate_size=hidden * 7 // 2, num_hidden_layers=layers,
+        num_attention_heads=hidden // 128, num_key_value_heads=max(hidden // 512, 1), tie_word_embeddings=False, dtype="bfloat16",
     )  # fmt: skip
     config.architectures = ["LlamaForCausalLM"]
     config.save_pretrained(folder)

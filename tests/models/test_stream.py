@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 import weft
 from tests.conftest import gpt2, llama
 from weft.models import packed, shards
-from weft.quant import is_quantised, quantise_
+from weft.quant import FORMATS, is_quantised, quantise_
 
 IDS = torch.arange(5, 14)[None]
 
@@ -175,3 +175,35 @@ def test_reading_takes_one_tensor_at_a_time(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(shards.Shards, "read", counted)
     weft.load_base(saved(tmp_path, llama()), "nf4", "cpu")
     assert len(alive) == 14 and most[0] <= 1
+
+
+@pytest.mark.parametrize("layout", ["LLM.int8", "block fp8"])
+def test_files_in_eight_bits_as_others_write_them(layout: str, tmp_path: Path) -> None:
+    base, method = {"LLM.int8": ("int8", "bitsandbytes"), "block fp8": ("fp8-block", "fp8")}[layout]
+    if base not in FORMATS:
+        pytest.skip(f"no {base} here")
+    model = llama()
+    state = {k: v.to(torch.bfloat16) for k, v in model.state_dict().items()}
+    wanted = {}
+    for name in [k for k in state if "proj" in k]:
+        weight = state[name].float()
+        if base == "int8":
+            size = weight.abs().amax(1)
+            state[name] = (weight / size[:, None] * 127).round().to(torch.int8)
+            state[name.removesuffix("weight") + "SCB"] = size
+            wanted[name] = state[name].float() * size[:, None] / 127
+        else:
+            scale = (weight.abs().amax() / 448).view(1, 1)
+            state[name] = (weight / scale).to(torch.float8_e4m3fn)
+            state[name + "_scale_inv"] = scale
+            wanted[name] = state[name].float() * scale
+    save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    told = {"quant_method": method, "load_in_8bit": True} if base == "int8" else {"quant_method": method, "weight_block_size": [128, 128]}
+    (tmp_path / "config.json").write_text(json.dumps(model.config.to_dict() | {"quantization_config": told}))
+    packed_model = weft.load_base(tmp_path, device="cpu")
+    dense_model = weft.load_base(tmp_path, "fp32", "cpu")
+    for name, value in wanted.items():
+        layer = packed_model.get_submodule(name.removesuffix(".weight"))
+        assert is_quantised(layer) and layer.form.name == base
+        torch.testing.assert_close(layer.unpacked(dtype=torch.float32), value)
+        torch.testing.assert_close(dense_model.get_parameter(name).data, value)

@@ -90,8 +90,7 @@ def find(shards: Shards, method: str | None) -> tuple[dict[str, Stored], list[st
             name, (*lead, rows, groups, _) = key.removesuffix("_blocks"), place.shape
             other = f"{name}_scales"
             take(name, "mxfp4", (*lead, groups * 32, rows), _pair(shards, key, other, _as_it_is), key, other)
-        elif key.endswith(".scale") and method == "weft":
-            name = key.removesuffix(".scale")
+        elif method == "weft" and key.endswith(".scale") and (name := key.removesuffix(".scale")) in shards:
             stored = shards[name].dtype
             tiled = shards[name].shape[:-1] != place.shape[:-1]
             base = "int8" if stored == torch.int8 else "fp8-block" if tiled else "fp8"
