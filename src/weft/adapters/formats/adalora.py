@@ -21,9 +21,10 @@ FIELDS: dict[str, Field] = (
     {name: f for name, f in LORA.items() if f.refused or name in COMMON or not f.weft}
     | {
         name: Field(why=_LORA_ONLY)
-        for name in ("r", "use_rslora", "alpha_pattern", "lora_bias", "qalora_group_size", "init_lora_weights")
+        for name in ("r", "use_rslora", "alpha_pattern", "lora_bias", "qalora_group_size")
     }
     | {
+        "init_lora_weights": Field(why="about how training began: nothing that a trained adapter computes"),
         "init_r": Field("rank"),
         "target_r": Field("target_rank"),
         "lora_alpha": Field("alpha"),
