@@ -37,6 +37,7 @@ METHODS_TRIED: dict[str, Callable[[str], Method]] = {
     "bitfit": lambda m: weft.BitFit(add=m == "llama"),
     "bitfit-add": lambda m: weft.BitFit(add=True, targets="all-linear" if m != "conv" else "all"),
     "ln-tuning": lambda m: weft.LNTuning(targets="first" if m == "conv" else "auto"),
+    "lora-orthogonal": lambda m: weft.LoRA(rank=4, init="orthogonal", targets=LINEAR[m]),
     "lora-and-modules": lambda m: weft.LoRA(
         rank=2, alpha=4, targets=LINEAR[m], modules_to_save=dict(llama=("lm_head", "norm"), gpt2="ln_f", plain="norm", conv="first")[m]),
     "vera": lambda m: weft.VeRA(rank=6, d_initial=1.0, targets=LINEAR[m]),

@@ -25,9 +25,9 @@ def page() -> str:
     lines = [
         "# The fields of peft's configurations",
         "",
-        "What `weft.load` does with each field of an `adapter_config.json`. *Held*: it becomes the hyper-parameter named. *Passed over*: it "
-        "changes nothing that is computed here. *Refused*: a value that would change something stops loading, with this reason. A field that "
-        "stands in no table (a newer peft's) is named in a warning, kept, and written back when the adapter is saved.",
+        "What `weft.load` does with each field of an `adapter_config.json`. *Held*: it becomes the hyper-parameter named. "
+        "*Passed over*: it changes nothing that is computed here. *Refused*: a value that would change something stops loading, with this "
+        "reason. A field that stands in no table (a newer peft's) is named in a warning, kept, and written back when the adapter is saved.",
         "",
         "Made by `python -m tests.parity.test_fields` from the tables that reading goes by, and held by a test.",
     ]

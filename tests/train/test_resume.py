@@ -31,7 +31,7 @@ def saving(out: Path) -> bool:
         (9, {"train__steps": 240, "train__save_every": 3, "train__accumulate": 2, "method__lr_ratio": 4.0, "train__eval_every": 40}),
         (5, {"method": "Full", "train__lr": 1e-3, "train__epochs": 40.0, "train__steps": None, "train__save_seconds": 0.05,
              "train__patience": 6, "train__eval_every": 7, "data__packing": False, "train__accumulate": 3}),
-        (5, {"method": "AdaLoRA", "train__steps": 120, "train__save_every": 3, "train__eval_every": 40}),
+        (6, {"method": "AdaLoRA", "train__steps": 240, "train__save_every": 3, "train__eval_every": 40}),
     ],
     ids=["lora", "full", "adalora"],
 )  # fmt: skip

@@ -32,7 +32,8 @@ class LoRA(Method):
         dropout: Probability of dropping an input of A while training.
         rslora: Scale by alpha / sqrt(rank) instead; for ranks of 64 and more.
         lr_ratio: LoRA+: B learns this many times as fast as A (the paper suggests 16).
-        init: How A starts: "kaiming" (uniform in ±1/√in) or "gaussian" (standard deviation 1 / rank). B starts at zero.
+        init: How A starts: "kaiming" (uniform in ±1/√in) or "gaussian" (standard deviation 1 / rank); B starts at zero. Or "orthogonal",
+            on linear layers: neither starts at zero, but their product does; the rank must be even.
         bias: Train biases of the base too: "none", "lora_only" (those of the targets) or "all".
         lora_bias: Give B a bias of its own.
         layers_to_transform: Only the targets inside these layers of the model, by their numbers.
@@ -46,7 +47,7 @@ class LoRA(Method):
     dropout: float = 0.0
     rslora: bool = False
     lr_ratio: float = 1.0
-    init: Literal["kaiming", "gaussian"] = "kaiming"
+    init: Literal["kaiming", "gaussian", "orthogonal"] = "kaiming"
     bias: Literal["none", "lora_only", "all"] = "none"
     lora_bias: bool = False
     layers_to_transform: tuple[int, ...] | None = None

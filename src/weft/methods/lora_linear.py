@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from weft.core import Adapter, Around, Mixture, Site, features, is_conv1d, plain, unmerged
 from weft.kernels.low_rank import low_rank_add
-from weft.methods import lora_rows
+from weft.methods import lora_init, lora_rows
 from weft.quant import dense
 
 if TYPE_CHECKING:
@@ -74,6 +74,8 @@ class LowRank(Factors):
         inside, outside = features(layer)
         self.A = method.first(torch.empty(rank, inside))
         self.B = nn.Parameter(torch.zeros(outside, rank))
+        if method.init == "orthogonal" and not self.A.is_meta:
+            lora_init.orthogonal(self.A.data, self.B.data)
         if method.lora_bias:
             self.b = nn.Parameter(torch.zeros(outside))
 

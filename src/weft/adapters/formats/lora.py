@@ -70,7 +70,7 @@ def _write_lora(method: LoRA, model: nn.Module, adapters: Mapping[str, Adapter])
     return {
         "r": method.rank, "lora_alpha": whole(method.alpha), "lora_dropout": method.dropout, "use_rslora": method.rslora,
         "use_dora": isinstance(method, DoRA), "bias": method.bias, "lora_bias": method.lora_bias,
-        "init_lora_weights": method.init == "kaiming" or "gaussian", "target_modules": short_names(model, low_rank),
+        "init_lora_weights": method.init == "kaiming" or method.init, "target_modules": short_names(model, low_rank),
         "exclude_modules": None, "layers_to_transform": None, "layers_pattern": None, "rank_pattern": ranks, "alpha_pattern": alphas,
         "fan_in_fan_out": any(type(model.get_submodule(p)).__name__.endswith("Conv1D") for p in low_rank),
     }  # fmt: skip
