@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from weft.compat.peft.kinds import NoMatchingPeftModuleError, TaskType
-from weft.core import is_linear
+from weft.core import is_linear, modules
 
 HEADS = ("score", "classifier")
 SHORTHAND = "all-linear"
@@ -85,6 +85,20 @@ def include_all_linear(config: Any, model: nn.Module, everything: dict[str, nn.M
             first = next((h for h in HEADS if getattr(model, h, None) is not None), None)
             heads = {first} if first else set()
     config.target_modules = {p for p, m in everything.items() if is_linear(m) and p not in heads}
+
+
+def inspect_matched_modules(tuner: Any, adapter_name: str = "default") -> dict[str, list[str]]:
+    """Which of a model's modules an adapter's configuration means, and which not."""
+    config = tuner.peft_config[adapter_name]
+    found: dict[str, list[str]] = {"matched": [], "unmatched": []}
+    for path, _ in modules(tuner.model):
+        found["matched" if check_target_module_exists(config, path) else "unmatched"].append(path)
+    return found
+
+
+def _maybe_include_all_linear_layers(peft_config: Any, model: nn.Module) -> Any:
+    include_all_linear(peft_config, model, dict(modules(model)))
+    return peft_config
 
 
 def check_found(config: Any, targeted: list[str], excluded: list[str], unmatched: list[str], parameters: list[str]) -> None:

@@ -89,6 +89,8 @@ class BaseTuner(Front):
 
     # ---- a new adapter
 
+    _check_target_module_exists = staticmethod(check_target_module_exists)
+
     def _prepare_adapter_config(self, config: Any, model_config: Mapping[str, Any]) -> None:
         if getattr(config, "target_modules", None) is None and not getattr(config, "target_parameters", None):
             found = TARGETS.get(self.KIND, {}).get(model_config.get("model_type"))
