@@ -38,7 +38,8 @@ def test_learns_saves_and_reports(tmp_path):
     assert first["step"] == 0 and result.eval_loss < 0.7 * first["eval_loss"] and result.train_loss < 0.7 * first["train_loss"]
     assert result.steps == 150 and 0 <= result.exact_match <= 1 and len(result.answers) == 12
     assert sorted(p.name for p in out.iterdir()) == [
-        "adapter_config.json", "adapter_model.safetensors", "checkpoints", "metrics.jsonl", "recipe.yaml", "run.json", "tensorboard",
+        "README.md", "adapter_config.json", "adapter_model.safetensors", "checkpoints", "metrics.jsonl", "recipe.yaml", "run.json",
+        "tensorboard",
     ]  # fmt: skip
     assert load_recipe(out / "recipe.yaml") == recipe
     info = json.loads((out / "run.json").read_text())

@@ -18,6 +18,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from weft.adapters.attach import attach, attached, build, check_new, device_of, names
+from weft.adapters.card import card
 from weft.adapters.formats import OWN, PREFIX, Format, format_for, format_of, key, unknown
 from weft.adapters.targets import whole
 from weft.core import Adapter, WeftError, base_class, behind, modules, several
@@ -36,7 +37,9 @@ HEADED = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")  # tasks whose head is trained
 
 
 def save(model: nn.Module, folder: str | os.PathLike[str], name: str | None = None) -> Path:
-    """Write one adapter in peft's layout (adapter_config.json, adapter_model.safetensors). Files are written beside and renamed.
+    """Write one adapter in peft's layout: adapter_config.json, adapter_model.safetensors, and a card for the hub, README.md.
+
+    Files are written beside and renamed.
 
     Args:
         folder: Made if missing. An adapter that lies there is replaced.
@@ -71,8 +74,13 @@ def write(model: nn.Module, adapters: Mapping[str, Adapter], folder: str | os.Pa
         config["auto_mapping"] = {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
-    data = to_bytes(tensors(adapters, format) | format.give(own), metadata={"format": "pt"})
-    write_atomically({target / WEIGHTS: data, target / CONFIG: (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()})
+    state = tensors(adapters, format) | format.give(own)
+    data = to_bytes(state, metadata={"format": "pt"})
+    readme = target / "README.md"
+    existing = readme.read_text("utf-8", "surrogateescape") if readme.is_file() else None
+    told = card(method, config, sum(t.numel() for t in state.values()), existing)
+    written = json.dumps(config, indent=2, sort_keys=True) + "\n"
+    write_atomically({target / WEIGHTS: data, target / CONFIG: written.encode(), readme: told.encode("utf-8", "surrogateescape")})
     return target
 
 
