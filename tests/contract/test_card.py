@@ -36,3 +36,10 @@ def test_what_a_person_wrote_stays(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("Only words.\n", encoding="utf-8")
     weft.save(weft.adapt(Plain(), weft.LoRA(rank=2)), tmp_path)
     assert (tmp_path / "README.md").read_text(encoding="utf-8").endswith("\nOnly words.\n") and "library_name" in _head(tmp_path)
+
+
+def test_what_weft_wrote_it_writes_anew(tmp_path: Path) -> None:
+    for rank in (2, 4):
+        model = weft.adapt(llama(), weft.LoRA(rank=rank))
+        weft.save(model, tmp_path)
+        assert f"rank: {rank}" in (tmp_path / "README.md").read_text(encoding="utf-8")

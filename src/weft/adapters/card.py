@@ -9,13 +9,15 @@ from typing import Any
 
 from weft.core import Method
 
+MARK = "<!-- weft wrote this card and writes it anew with each save; take this line out to keep what you change -->"
 PIPELINES = {"CAUSAL_LM": "text-generation", "SEQ_CLS": "text-classification", "TOKEN_CLS": "token-classification"}
 
 
 def card(method: Method, config: Mapping[str, Any], parameters: int, existing: str | None = None) -> str:
     """README.md for an adapter, in Markdown with the hub's metadata in front (YAML: base_model, library_name, tags).
 
-    What somebody wrote stays: of a card that exists only metadata that it does not have are added.
+    What somebody wrote stays: a card that exists gets only the metadata that it does not have. One that weft wrote, and that still says
+    so in its last line, is written anew.
 
     Args:
         config: adapter_config.json as it is written.
@@ -28,7 +30,7 @@ def card(method: Method, config: Mapping[str, Any], parameters: int, existing: s
     facts["library_name"] = "peft" if theirs else "weft"
     tags = [type(method).__name__.lower(), "weft"] + ([f"base_model:adapter:{base}"] if "base_model" in facts else [])
     facts |= {"tags": tags} | ({"pipeline_tag": p} if (p := PIPELINES.get(str(config.get("task_type")))) else {})
-    if existing is not None:
+    if existing is not None and MARK not in existing:
         return _with(existing, facts)
     name = type(method).__name__
     settings = {k: v for k, v in method.to_dict().items() if k not in ("name", "targets") and v not in ((), [], {}, None, False)}
@@ -39,7 +41,7 @@ def card(method: Method, config: Mapping[str, Any], parameters: int, existing: s
     if theirs:
         lines += ["or with peft:", "", "```python", "from peft import PeftModel", "",
                   'model = PeftModel.from_pretrained(base, "this folder")', "```", ""]  # fmt: skip
-    return _with("\n".join(lines), facts)
+    return _with("\n".join([*lines, MARK, ""]), facts)
 
 
 def _with(text: str, facts: Mapping[str, Any]) -> str:
