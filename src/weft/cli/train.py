@@ -12,6 +12,7 @@ from weft.cli.main import UsageError
 
 SWITCHES = ("-h", "--help", "--overwrite", "--print-recipe", "--debug")
 VALUED = ("--resume",)
+SHORT = {"--profile": "--train.profile=true", "--no-self-check": "--train.self_check=false"}  # settings under a shorter name
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,6 +27,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace the run that the output folder holds")
     parser.add_argument("--resume", choices=("auto", "never"), default="auto",
                         help="auto: go on with an unfinished run of this recipe; never: that is an error (default: auto)")  # fmt: skip
+    parser.add_argument("--profile", action="store_true", help="write a trace and a table of where the time of three steps goes")
+    parser.add_argument("--no-self-check", action="store_true", help="do not hold the fast step against the plain one first")
     parser.add_argument("--print-recipe", action="store_true", help="print the whole recipe as YAML, defaults filled in, and stop")
     with step("loading libraries", tell=False):
         from weft.cli import settings
@@ -45,6 +48,8 @@ def parse(parser: argparse.ArgumentParser, words: Sequence[str]) -> argparse.Nam
             own.append(word)
         elif name in VALUED:
             own += [word] if equals or not rest else [word, rest.pop(0)]
+        elif word in SHORT:
+            flags.append(SHORT[word])
         elif not word.startswith("-"):
             recipes.append(word)
         elif near := get_close_matches(word, (*SWITCHES, *VALUED), n=1, cutoff=0.75):
