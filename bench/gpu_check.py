@@ -191,8 +191,9 @@ def fast_step() -> None:
     with tempfile.TemporaryDirectory() as folder:
         path, _ = demo.write("records", folder, train=23, held_out=1)
         examples = prepare(load_rows(str(path)), tokenizer, DataConfig(train=str(path)), progress=False).examples
-    for base in ("fp32", "bf16"):
-        for rows, level in (("packed", 1.0), ("padded", 1.0), ("packed", 0.4), ("padded", 0.1), ("packed", 0.0)):
+    tried = {"bf16": (("packed", 1.0), ("padded", 0.4), ("packed", 0.0)), "nf4": (("packed", 1.0), ("padded", 0.0)), "fp32": (("padded", 1.0),)}
+    for base, kinds in tried.items():
+        for rows, level in kinds:
             model = weft.load_base("embedded", base=base, device=DEVICE)
             assert attention.use(model), attention.reason(model)
             weft.adapt(model, weft.LoRA(rank=8)).train()
@@ -238,6 +239,7 @@ def main() -> int:
     torch.backends.cuda.matmul.allow_tf32 = False
     for part in (low_rank, quantised, fused_loss, fp8, adapters, packed, fast_step, training):
         part()
+        save("gpu_check", {"ok": False, "finished": False, "checks": CHECKS})  # a run that is cut off leaves what it found
     pytest = tests() if "--no-tests" not in sys.argv else {"ok": True, "closing": "left out"}
     ok = all(c["ok"] for c in CHECKS) and pytest["ok"]
     print(save("gpu_check", {"ok": ok, "checks": CHECKS, "tests": pytest}))

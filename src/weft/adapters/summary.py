@@ -8,7 +8,7 @@ from torch import nn
 
 from weft.adapters.attach import active, attached, names
 from weft.adapters.targets import listing
-from weft.core import behind
+from weft.core import behind, logical, modules
 
 
 @dataclass(frozen=True)
@@ -61,4 +61,7 @@ def summary(model: nn.Module) -> Summary:
         counted += sum(own.values())
     everything = {id(p): p for p in model.parameters()}.values()
     trainable = sum(p.numel() for p in everything if p.requires_grad)
-    return Summary(trainable, sum(p.numel() for p in everything) - counted, tuple(parts))
+    packed = {  # a byte of a 4-bit weight is two numbers
+        id(p): logical(m, key)[0].numel() - p.numel() for _, m in modules(model) for key, p in m._parameters.items() if p is not None
+    }
+    return Summary(trainable, sum(p.numel() for p in everything) + sum(packed.values()) - counted, tuple(parts))

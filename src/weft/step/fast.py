@@ -20,7 +20,6 @@ import torch
 from torch import Tensor, nn
 
 from weft.core import WeftError, features, is_linear, modules
-from weft.quant import is_quantised
 from weft.step.check import bounds, differences, measure, stirred
 from weft.step.loss import Batch, fusible, loss_sum
 from weft.step.regions import install, repeated, uninstall
@@ -97,9 +96,7 @@ def prepare(
     device = batch.input_ids.device
     cuda = device.type == "cuda"
     fast = Fast(model, cuda if compile is None else compile, fusible(model), varying, 1.0, repeated(model), cuda)
-    # Packed weights decode into one buffer for all layers; compiled on CUDA their gradients came out wrong (found by the self-check).
-    packed = cuda and any(is_quantised(m) for _, m in modules(model))
-    fast.compiled = fast.compiled and bool(fast.layers) and not packed
+    fast.compiled = fast.compiled and bool(fast.layers)
     fast.install(_level(model, batch, memory, fast.layers))
     if not fast.compiled and fast.head is None:
         return fast
