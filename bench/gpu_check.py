@@ -191,7 +191,11 @@ def fast_step() -> None:
     with tempfile.TemporaryDirectory() as folder:
         path, _ = demo.write("records", folder, train=23, held_out=1)
         examples = prepare(load_rows(str(path)), tokenizer, DataConfig(train=str(path)), progress=False).examples
-    tried = {"bf16": (("packed", 1.0), ("padded", 0.4), ("packed", 0.0)), "nf4": (("packed", 1.0), ("padded", 0.0)), "fp32": (("padded", 1.0),)}
+    tried = {
+        "bf16": (("packed", 1.0), ("padded", 0.4), ("packed", 0.0)),
+        "nf4": (("packed", 1.0), ("padded", 0.0)),
+        "fp32": (("padded", 1.0),),
+    }
     for base, kinds in tried.items():
         for rows, level in kinds:
             model = weft.load_base("embedded", base=base, device=DEVICE)
@@ -199,7 +203,7 @@ def fast_step() -> None:
             weft.adapt(model, weft.LoRA(rank=8)).train()
             batch = (pack if rows == "packed" else pad)(examples).to(DEVICE)
             said: list[str] = []
-            fast = prepare_step(model, batch, weft.adapters.trainable(model, "default"), memory=level, say=said.append)
+            fast = prepare_step(model, batch, weft.adapters.trainable(model, "default"), memory=level, compile=True, say=said.append)
             print("\n".join([*said, *fast.said]))
             check(f"fast step, {base}, {rows}, {level} of the activations kept: agrees", float(bool(said)), 0.0)
             fast.close()

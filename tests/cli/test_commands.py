@@ -197,6 +197,7 @@ def test_chat_forgets_the_oldest_when_the_context_is_full(conversation: Conversa
 
 
 def test_ctrl_c_stops_the_answer_and_keeps_what_was_said(conversation: Conversation, capsys: pytest.CaptureFixture[str]) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job starts with Ctrl-C ignored
     speaker = conversation.speaker
     speaker.sampling = Sampling(max_tokens=100)
     answer = speaker.answer

@@ -109,7 +109,7 @@ def test_completion_in_bash(run: Callable[..., Ran]) -> None:
     script = run("completion", "bash").out
     assert complete(script, "weft", "ge") == {"generate"}
     assert complete(script, "weft", "") == {*COMMANDS, "--help", "--version"}
-    assert complete(script, "weft", "train", "--method.ra") == {"--method.rank", "--method.rank_pattern"}
+    assert complete(script, "weft", "train", "--method.rank_p") == {"--method.rank_pattern"}
     assert complete(script, "weft", "train", "--train.schedule", "") == {"cosine", "linear", "constant"}
     assert complete(script, "weft", "merge", "--dtype", "b") == {"bf16"}
     assert complete(script, "weft", "train", "rec") == set()  # file names: bash's own, by -o default

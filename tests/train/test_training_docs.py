@@ -28,4 +28,5 @@ def test_python_in_the_docs_runs(tmp_path, monkeypatch, capsys):
         exec(compile(block, "training.md", "exec"), space)
     said = capsys.readouterr().out
     assert said.startswith(blocks("text")[0])
-    assert "4 True ['adapter_config.json', 'adapter_model.safetensors', 'checkpoints', 'metrics.jsonl', 'recipe.yaml', 'run.json']" in said
+    files = ["README.md", "adapter_config.json", "adapter_model.safetensors", "checkpoints", "metrics.jsonl", "recipe.yaml", "run.json"]
+    assert f"4 True {files}" in said
