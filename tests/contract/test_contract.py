@@ -16,6 +16,8 @@ from torch import Tensor, nn
 import weft
 from tests.conftest import ConvNet, Plain, gpt2, jolt, llama
 from weft.adapters import active, attached, names, trainable
+from weft.adapters.files import tensors
+from weft.adapters.formats import format_of
 from weft.core import METHODS, Adapter, Method
 from weft.methods.lora_layers import LowRankConv
 
@@ -38,6 +40,9 @@ METHODS_TRIED: dict[str, Callable[[str], Method]] = {
     "bitfit-add": lambda m: weft.BitFit(add=True, targets="all-linear" if m != "conv" else "all"),
     "ln-tuning": lambda m: weft.LNTuning(targets="first" if m == "conv" else "auto"),
     "lora-orthogonal": lambda m: weft.LoRA(rank=4, init="orthogonal", targets=LINEAR[m]),
+    "lora-pissa": lambda m: weft.LoRA(rank=4, init="pissa", targets=LINEAR[m], rank_pattern={"down_proj|c_fc|out": 2}, lora_bias=True),
+    "lora-olora": lambda m: weft.LoRA(rank=3, alpha=2, rslora=True, init="olora", bias="lora_only", targets=LINEAR[m]),
+    "lora-fa": lambda m: weft.LoRA(rank=3, train_A=False, targets=EVERY[m], exclude="third" if m == "conv" else ()),
     "lora-and-modules": lambda m: weft.LoRA(
         rank=2, alpha=4, targets=LINEAR[m], modules_to_save=dict(llama=("lm_head", "norm"), gpt2="ln_f", plain="norm", conv="first")[m]),
     "vera": lambda m: weft.VeRA(rank=6, d_initial=1.0, targets=LINEAR[m]),
@@ -132,7 +137,8 @@ def test_save_then_load_is_the_same(case: Case, tmp_path: Path) -> None:
     weft.save(model, tmp_path, name="one")
     other = weft.load(case.base, tmp_path, name="two")
     assert torch.equal(case(other), case(model))
-    mine, its = trainable(model, "one"), trainable(other, "two")
+    form = format_of(type(case.method))
+    mine, its = tensors(attached(model, "one"), form), tensors(attached(other, "two"), form)
     assert list(mine) == list(its) and all(torch.equal(mine[k], its[k]) for k in mine)
 
 

@@ -110,7 +110,7 @@ def trainable(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
     found: dict[str, nn.Parameter] = {}
     for path, adapter in attached(model, name).items():
         for key, p in adapter.named_parameters():
-            if id(p) not in seen:
+            if id(p) not in seen and key not in adapter.fixed:
                 seen[id(p)] = None
                 found[f"{path}.{key}"] = p
     return found

@@ -115,7 +115,7 @@ def combine(
     paths = [p for p in found if any(p in part for part in parts.values())]
     by_element = None if plain_how in ("linear", "cat", "svd") else elementwise(plain_how, majority)
     low_rank: list[Any] = [a for part in parts.values() for a in part.values() if is_low_rank(a)]
-    largest: int = max((a.A.shape[0] for a in low_rank), default=1)
+    largest: int = max((a.product()[0].shape[0] for a in low_rank), default=1)
     made: dict[str, Factors] = {}
     layers: dict[str, Layer] = {}
     spread: dict[str, dict[str, Tensor]] = {}  # biases: path -> name -> ΔW

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from weft.core import Site, WeftError, base_class, plain
 from weft.methods.lora import LowRank
 from weft.methods.lora_layers import LowRankConv, LowRankEmbedding
+from weft.methods.lora_start import LowRankFrom
 
 Majority = Literal["total", "frequency"]
 OVERSAMPLING, SETTLED, ROUNDS = 8, 1e-5, 24  # of `leading`
@@ -40,8 +41,8 @@ class Factors:
 
 def is_low_rank(adapter: object) -> bool:
     """Whether an adapter adds B A (and perhaps biases) to its layer and does nothing else."""
-    known = type(adapter) in (LowRank, LowRankConv, LowRankEmbedding)
-    return known and not {*_tensors(adapter)} - {"A", "B", "b", "bias"}
+    known = type(adapter) in (LowRank, LowRankFrom, LowRankConv, LowRankEmbedding)
+    return known and not {*_tensors(adapter)} - {"A", "B", "b", "bias", "A0", "B0"}
 
 
 def _tensors(adapter: Any) -> list[str]:
@@ -51,7 +52,7 @@ def _tensors(adapter: Any) -> list[str]:
 def factors_of(adapter: Any, layer: Site) -> Factors:
     """The factors of a low-rank adapter, in fp32."""
     groups = getattr(plain(layer), "groups", 1) if isinstance(adapter, LowRankConv) else 1
-    A, B = adapter.A.detach().float(), adapter.B.detach().float()
+    A, B = (t.detach().float() for t in adapter.product())
     return Factors(B.reshape(groups, -1, B.shape[1]) * adapter.scale, A.reshape(groups, A.shape[0] // groups, -1))
 
 

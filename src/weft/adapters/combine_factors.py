@@ -57,14 +57,14 @@ def combine_factors(
             if not is_low_rank(adapter):
                 raise refuse(n, path, adapter, found[path])
     low_rank: list[Any] = [a for part in parts for a in part.values()]
-    most = max(a.A.shape[0] for a in low_rank)
+    most = max(a.product()[0].shape[0] for a in low_rank)
     made: dict[str, Factors] = {}
     for path in [p for p in found if any(p in part for part in parts)]:
         here = [(part[path], float(w)) for part, w in zip(parts, weights, strict=True) if path in part]
         try:
             made[path] = _layer(how, here, found[path], rank or most, clamp, density, majority)
         except RuntimeError:
-            ranks = [cast(Any, a).A.shape[0] for a, _ in here]
+            ranks = [cast(Any, a).product()[0].shape[0] for a, _ in here]
             if len(set(ranks)) == 1:
                 raise
             raise WeftError(f"{path}: how={how!r} adds factors, so the parts need one rank, not {ranks}; use cat or svd") from None
@@ -76,8 +76,9 @@ def _layer(how: str, here: Sequence[tuple[Any, float]], layer: Site, rank: int, 
            density: float | None, majority: Majority) -> Factors:  # fmt: skip
     if how == "cat":
         stacked = stack([factors_of(a, layer) for a, _ in here], [1.0 for _ in here])
-        scales = torch.cat([torch.full((a.A.shape[0],), w * a.scale) for a, w in here]).to(stacked.A.device)
-        return Factors(torch.cat([a.B.detach() for a, _ in here], 1).view_as(stacked.B), stacked.A * scales.view(stacked.A.shape[0], -1, 1))
+        scales = torch.cat([torch.full((a.product()[0].shape[0],), w * a.scale) for a, w in here]).to(stacked.A.device)
+        B = torch.cat([a.product()[1].detach() for a, _ in here], 1)
+        return Factors(B.view_as(stacked.B), stacked.A * scales.view(stacked.A.shape[0], -1, 1))
     if how == "svd" or how.endswith("_svd"):
         updates = [factors_of(a, layer).dense() for a, _ in here]
         turned = isinstance(layer, nn.Embedding) or is_conv1d(layer)  # peft throws its dice over the weight as it lies
@@ -93,8 +94,8 @@ def _layer(how: str, here: Sequence[tuple[Any, float]], layer: Site, rank: int, 
     scaled = [w * a.scale for a, w in here]
     roots = [abs(w) ** 0.5 for w in scaled]
     signed = [-r if w < 0 else r for r, w in zip(roots, scaled, strict=True)]  # one side carries the sign
-    A = _arithmetic(how, [a.A.detach() for a, _ in here], signed, density, majority)
-    B = _arithmetic(how, [a.B.detach() for a, _ in here], roots, density, majority)
+    A = _arithmetic(how, [a.product()[0].detach() for a, _ in here], signed, density, majority)
+    B = _arithmetic(how, [a.product()[1].detach() for a, _ in here], roots, density, majority)
     groups = getattr(layer, "groups", 1)
     return Factors(B.reshape(groups, -1, B.shape[1]), A.reshape(groups, A.shape[0] // groups, -1))
 

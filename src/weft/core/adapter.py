@@ -21,6 +21,7 @@ class Adapter(nn.Module):
     """Advice around a frozen layer. Parameters are fp32 masters, made on the CPU so that a seed means the same on every device."""
 
     method: Method  # who built it; set by `adapt` and `load`
+    fixed: frozenset[str] = frozenset()  # names of parameters that files hold and training leaves as they are
     kin: ClassVar[type[Adapter] | None] = None  # the class whose `mixed` serves rows of several kinds at once; None: its own kind alone
 
     def forward(self, layer: Site | Around, *inputs: Any, **kwargs: Any) -> Any:

@@ -143,8 +143,8 @@ class DoRA(LoRA):
         return DecomposedEmbedding if isinstance(layer, nn.Embedding) else DecomposedConv if is_conv(layer) else DecomposedLinear
 
     def build(self, layer: Site, path: str) -> Adapter:
-        if self.lora_bias:
-            raise WeftError("lora_bias with DoRA: the paper's equation has no place for it; use weft.LoRA, or leave it out")
+        if self.lora_bias or self.from_base:
+            raise WeftError(f"{'lora_bias' if self.lora_bias else self.init} with DoRA: its equation has no place for it; use weft.LoRA")
         if is_conv(layer) and plain(layer).groups > 1:
             raise WeftError(f"{path}: DoRA on a convolution with groups has no norm per output; exclude={path!r} leaves it out")
         return super().build(layer, path)

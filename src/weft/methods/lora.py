@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import sqrt
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
-from weft.core import Adapter, Method, Site, WeftError, is_conv, is_linear
+from weft.core import Adapter, Method, Site, WeftError, base_class, is_conv, is_linear
 from weft.methods.lora_layers import LowRankConv, LowRankEmbedding
 from weft.methods.lora_linear import Factors, LowRank
+from weft.methods.lora_start import FROM_BASE, LowRankFrom
 
 __all__ = ["LoRA", "LowRank"]
 
@@ -33,9 +34,12 @@ class LoRA(Method):
         rslora: Scale by alpha / sqrt(rank) instead; for ranks of 64 and more.
         lr_ratio: LoRA+: B learns this many times as fast as A (the paper suggests 16).
         init: How A starts: "kaiming" (uniform in ±1/√in) or "gaussian" (standard deviation 1 / rank); B starts at zero. Or "orthogonal",
-            on linear layers: neither starts at zero, but their product does; the rank must be even.
+            on linear layers: neither starts at zero, but their product does; the rank must be even. Or, on linear layers, from the
+            base's own weight: "pissa", "pissa_niter_N" (its singular vectors, exactly or by N rounds of iteration) or "olora" (QR).
         bias: Train biases of the base too: "none", "lora_only" (those of the targets) or "all".
         lora_bias: Give B a bias of its own.
+        train_A: False is LoRA-FA (Zhang et al. 2023, arXiv:2308.03303): A stays as it started, on linear layers and convolutions, so half
+            the optimiser's state goes, and of a layer's input training keeps only A x.
         layers_to_transform: Only the targets inside these layers of the model, by their numbers.
         layers_pattern: What the list of layers is called ("layers", "h"), where a path has several numbers.
         rank_pattern: Other ranks for some layers: regular expression for the end of the path -> rank; the first match counts.
@@ -47,9 +51,10 @@ class LoRA(Method):
     dropout: float = 0.0
     rslora: bool = False
     lr_ratio: float = 1.0
-    init: Literal["kaiming", "gaussian", "orthogonal"] = "kaiming"
+    init: str = "kaiming"
     bias: Literal["none", "lora_only", "all"] = "none"
     lora_bias: bool = False
+    train_A: bool = True
     layers_to_transform: tuple[int, ...] | None = None
     layers_pattern: str | tuple[str, ...] = ()
     rank_pattern: dict[str, int] = field(default_factory=dict)
@@ -65,6 +70,9 @@ class LoRA(Method):
             object.__setattr__(self, name, tuple(value) if isinstance(value, list) else (value,) if isinstance(value, int) else value)
         ranks = [self.rank, *self.rank_pattern.values()]
         wrong = [f"a rank of {r}: a rank is a whole number of at least 1" for r in ranks if not isinstance(r, int) or r < 1]
+        if self.init not in ("kaiming", "gaussian", "orthogonal") and not FROM_BASE.fullmatch(self.init):
+            known = "kaiming, gaussian, orthogonal, pissa, pissa_niter_N (N rounds, as pissa_niter_16), olora"
+            wrong.append(f"init={self.init!r}: there are {known}")
         if not 0 <= self.dropout < 1:
             wrong.append(f"a dropout of {self.dropout}: a probability is at least 0 and below 1")
         if wrong:
@@ -96,9 +104,26 @@ class LoRA(Method):
             return nn.Parameter(nn.init.normal_(A, std=1 / A.shape[0]))
         return nn.Parameter(nn.init.kaiming_uniform_(A, a=sqrt(5)))
 
+    @property
+    def from_base(self) -> bool:
+        """Whether the factors start as a part of the base's weight."""
+        return FROM_BASE.fullmatch(self.init) is not None
+
     def kind(self, layer: object) -> type[Factors]:
         """The adapter's class for such a layer."""
+        if self.from_base:
+            if not is_linear(layer):
+                raise WeftError(f'init="{self.init}" is for linear layers, and this is a {base_class(layer).__name__}')
+            return LowRankFrom
         return LowRankEmbedding if isinstance(layer, nn.Embedding) else LowRankConv if is_conv(layer) else LowRank
+
+    def written(self) -> LoRA:
+        """The method of the plain LoRA that a file holds: of twice the rank where the start is counted from the base's weight."""
+        if not self.from_base:
+            return self
+        more = sqrt(2) if self.rslora else 2
+        return replace(self, rank=2 * self.rank, alpha=more * self.alpha, rank_pattern={p: 2 * r for p, r in self.rank_pattern.items()},
+                       alpha_pattern={p: more * a for p, a in self.alpha_pattern.items()}, init="kaiming")  # fmt: skip
 
     def build(self, layer: Site, path: str) -> Adapter:
         return self.kind(layer)(self, layer, *self.scaled(path))

@@ -26,6 +26,8 @@ class LowRankEmbedding(Factors):
 
     def start(self, method: LoRA, layer: Any, rank: int) -> None:
         _refuse_biases(method, "an embedding")
+        if not method.train_A:
+            raise WeftError("train_A=False: an embedding's A starts at zero, and would stay there; target other layers only")
         self.dropout = 0.0  # ids cannot be dropped
         self.A = nn.Parameter(torch.zeros(rank, layer.num_embeddings))
         self.B = nn.Parameter(nn.init.normal_(torch.empty(layer.embedding_dim, rank)))

@@ -30,6 +30,9 @@ class Factors(Adapter):
         self.scale, self.dropout = scale, method.dropout
         self.b = None
         self.start(method, layer, rank)
+        if not method.train_A:
+            self.fixed = frozenset({"A"})
+            self.A.requires_grad_(False)
         own: Tensor | None = getattr(layer, "bias", None) if method.bias != "none" else None
         self.bias = None if own is None else nn.Parameter(own.detach().to("cpu" if not own.is_meta else "meta", torch.float32, copy=True))
 
@@ -40,6 +43,10 @@ class Factors(Adapter):
     def update(self, layer: Any, y: Tensor, x: Tensor, B: Tensor) -> Tensor:
         """y + s · B A x; may write into y."""
         raise NotImplementedError
+
+    def product(self) -> tuple[Tensor, Tensor]:
+        """The A and B of the plain LoRA that adds the same, at this scale. What is computed from factors, and what a file holds."""
+        return self.A, self.B
 
     def forward(self, layer: Site | Around, x: Tensor) -> Tensor:
         y: Tensor = layer.frozen(x)
@@ -84,7 +91,7 @@ class LowRank(Factors):
 
     def merged(self, layer: Site | Around) -> dict[str, Tensor]:
         module: Any = plain(layer)
-        W, A, B = dense(module).float(), self.A.detach(), self.B.detach()
+        W, (A, B) = dense(module).float(), (t.detach() for t in self.product())
         new = torch.addmm(W, A.T, B.T, alpha=self.scale) if is_conv1d(module) else torch.addmm(W, B, A, alpha=self.scale)
         return {"weight": new} | self.merged_bias(layer)
 

@@ -87,7 +87,8 @@ class Run:
 
     def _buffers(self) -> dict[str, Tensor]:
         """State of the adapters that no gradient moves."""
-        return {f"buffer.{path}.{key}": b for path, a in self.adapters.items() for key, b in a.named_buffers()}
+        kept = {f"buffer.{path}.{key}": b for path, a in self.adapters.items() for key, b in a.named_buffers()}
+        return kept | {f"buffer.{path}.{key}": a.get_parameter(key) for path, a in self.adapters.items() for key in sorted(a.fixed)}
 
     def seconds(self) -> float:
         return self.before + time.perf_counter() - self.began

@@ -7,19 +7,21 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from weft.adapters.formats.base import COMMON, Field, Format, checked, short_names, whole
 from weft.adapters.formats.common import targets
-from weft.core import Adapter, Method, Replaced
+from weft.core import Adapter, Method, Replaced, WeftError
 from weft.methods import DoRA, LoRA
 from weft.methods.dora import DecomposedConv, DecomposedEmbedding, DecomposedLinear
 from weft.methods.lora import LowRank
 from weft.methods.lora_layers import LowRankConv, LowRankEmbedding
+from weft.methods.lora_start import FROM_BASE, LowRankFrom
 
 # adapter class -> its parameters' names -> peft's names after the module's path
 NAMES: dict[type[Adapter], dict[str, str]] = {
     LowRank: {"A": "lora_A.weight", "B": "lora_B.weight", "b": "lora_B.bias", "bias": "base_layer.bias"},
+    LowRankFrom: {"A": "lora_A.weight", "B": "lora_B.weight", "b": "lora_B.bias", "bias": "base_layer.bias"},
     LowRankConv: {"A": "lora_A.weight", "B": "lora_B.weight", "bias": "base_layer.bias"},
     LowRankEmbedding: {"A": "lora_embedding_A", "B": "lora_embedding_B"},
 }
@@ -66,6 +68,7 @@ FIELDS: dict[str, Field] = COMMON | {
 
 def _write_lora(method: LoRA, model: nn.Module, adapters: Mapping[str, Adapter]) -> dict[str, Any]:
     low_rank = {p: a for p, a in adapters.items() if not isinstance(a, Replaced)}
+    method = method.written()
     ranks, alphas = _patterns(method, low_rank)
     return {
         "r": method.rank, "lora_alpha": whole(method.alpha), "lora_dropout": method.dropout, "use_rslora": method.rslora,
@@ -78,13 +81,18 @@ def _write_lora(method: LoRA, model: nn.Module, adapters: Mapping[str, Adapter])
 
 def _patterns(method: LoRA, adapters: Mapping[str, Any]) -> tuple[dict[str, int], dict[str, float]]:
     """The method's patterns if they describe these adapters, else one entry for every layer that differs from the method's rank."""
-    truth = {p: (a.A.shape[0], a.scale) for p, a in adapters.items()}
+    truth = {p: (a.product()[0].shape[0], a.scale) for p, a in adapters.items()}
     if all(method.scaled(p) == t for p, t in truth.items()):
         return dict(method.rank_pattern), dict(method.alpha_pattern)
     plain = replace(method, rank_pattern={}, alpha_pattern={}).scaled("")
     odd = {p: t for p, t in truth.items() if t != plain}
     found = {re.escape(p): (r, s * (r**0.5 if method.rslora else r)) for p, (r, s) in odd.items()}
     return {p: r for p, (r, _) in found.items()}, {p: whole(a) for p, (_, a) in found.items()}
+
+
+def _stored(adapter: Any, parameter: str, tensor: Tensor) -> Tensor:
+    """A and B as the plain LoRA that computes the same has them."""
+    return adapter.product()["AB".index(parameter)].detach() if isinstance(adapter, LowRankFrom) and parameter in ("A", "B") else tensor
 
 
 def _layers(given: Any) -> tuple[int, ...] | None:
@@ -97,6 +105,13 @@ def _names(given: Any) -> str | tuple[str, ...]:
 
 def _read_lora(config: Mapping[str, Any]) -> LoRA:
     checked(config, FIELDS, "LoRA")
+    start = config.get("init_lora_weights")
+    if isinstance(start, str) and (FROM_BASE.fullmatch(start) or start in ("corda", "lora_ga")):
+        raise WeftError(
+            f"init_lora_weights={start!r}: peft trained this adapter on a base that it changed at the start, so on the untouched base "
+            "it means something else. Save it with peft's save_pretrained(..., path_initial_model_for_weight_conversion=...), which makes it "
+            "plain; or, if the base here is the changed one, set init_lora_weights to true in adapter_config.json"
+        )
     kind = DoRA if config.get("use_dora") else LoRA
     return kind(
         rank=config.get("r", 8), alpha=float(config.get("lora_alpha", 8)), dropout=float(config.get("lora_dropout", 0.0)),
@@ -108,6 +123,6 @@ def _read_lora(config: Mapping[str, Any]) -> LoRA:
 
 
 FORMATS: dict[type[Method], Format] = {
-    LoRA: Format("LORA", _write_lora, _read_lora, FIELDS, lambda config: not config.get("use_dora")),
+    LoRA: Format("LORA", _write_lora, _read_lora, FIELDS, lambda config: not config.get("use_dora"), _stored),
     DoRA: Format("LORA", _write_lora, _read_lora, FIELDS, lambda config: bool(config.get("use_dora"))),
 }

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from weft.compat.peft.layers import BaseTunerLayer
 from weft.compat.peft.views import Live
 from weft.core import Adapter, is_linear
+from weft.methods.lora_linear import Factors
 
 
 class LoraLayer(BaseTunerLayer):
@@ -84,7 +85,8 @@ class LoraLayer(BaseTunerLayer):
     def get_delta_weight(self, adapter: str) -> Tensor:
         made: Any = self.slot[adapter]
         if is_linear(self.get_base_layer()) and not self.use_dora.get(adapter) and hasattr(made, "B") and made.B.dim() == 2:
-            delta = (made.B @ made.A) * made.scale
+            A, B = made.product() if isinstance(made, Factors) else (made.A, made.B)
+            delta = (B @ A) * made.scale
             return delta.T if self.fan_in_fan_out else delta
         return super().get_delta_weight(adapter)
 

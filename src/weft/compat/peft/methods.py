@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields, replace
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
 from weft.adapters.formats import format_for
 from weft.compat.peft.kinds import as_value_error
@@ -29,13 +29,12 @@ def method_of(config: Any, targets: list[str]) -> Method:
         if name in values and isinstance(values[name], int) and values[name] <= 0 and kind != "OFT":
             raise ValueError(f"`r` should be a positive integer value but the value passed is {values[name]}")
     with as_value_error():
-        method = format_for(values).read(values)
+        method = format_for(values).read(values | ({"init_lora_weights": True} if "init_lora_weights" in values else {}))
         start = getattr(config, "init_lora_weights", True)
         if isinstance(method, LoRA) and isinstance(start, str):
-            known = [a for a in get_args(get_type_hints(LoRA)["init"]) if a in _PLAIN]
-            if start not in known:
+            if start not in _PLAIN:
                 raise ValueError(
-                    f"Unknown initialization init_lora_weights={start!r}: here there are True, False, {', '.join(map(repr, known))}"
+                    f"Unknown initialization init_lora_weights={start!r}: here there are True, False, {', '.join(map(repr, _PLAIN))}"
                 )
             method = replace(method, init=start)
     return method
