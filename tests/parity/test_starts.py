@@ -49,6 +49,7 @@ def test_it_learns_as_in_peft_and_its_file_is_plain(init, theirs, ours, make, id
     weft.save(model, tmp_path)
     written = json.loads((tmp_path / "adapter_config.json").read_text())
     assert written["r"] == 2 * ours["rank"] and written["init_lora_weights"] is True
+    assert not written["rank_pattern"] and not written["alpha_pattern"], "vLLM does not read patterns"
     loaded = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
     assert torch.allclose(loaded(ids).logits, got, atol=1e-5)
 

@@ -93,6 +93,9 @@ class LoRA(Method):
 
     def scaled(self, path: str) -> tuple[int, float]:
         """(rank, scale) of the layer at this path."""
+        if self.from_base:  # by way of what is written, so that the file's scale is the same to the last bit
+            rank, scale = self.written().scaled(path)
+            return rank // 2, scale
         rank, alpha = _pattern(self.rank_pattern, path, self.rank), _pattern(self.alpha_pattern, path, self.alpha)
         return rank, alpha / (sqrt(rank) if self.rslora else rank)
 

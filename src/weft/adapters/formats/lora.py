@@ -109,8 +109,8 @@ def _read_lora(config: Mapping[str, Any]) -> LoRA:
     if isinstance(start, str) and (FROM_BASE.fullmatch(start) or start in ("corda", "lora_ga")):
         raise WeftError(
             f"init_lora_weights={start!r}: peft trained this adapter on a base that it changed at the start, so on the untouched base "
-            "it means something else. Save it with peft's save_pretrained(..., path_initial_model_for_weight_conversion=...), which makes it "
-            "plain; or, if the base here is the changed one, set init_lora_weights to true in adapter_config.json"
+            "it means something else. Save it with peft's save_pretrained(..., path_initial_model_for_weight_conversion=...), which "
+            "makes it plain; or, if the base here is the changed one, set init_lora_weights to true in adapter_config.json"
         )
     kind = DoRA if config.get("use_dora") else LoRA
     return kind(
