@@ -107,13 +107,15 @@ def measure(method: weft.Method, config: Any, pristine: Any, ids: torch.Tensor, 
             row["switch"]["peft"] = None
             models["peft"] = peft.get_peft_model(copy.deepcopy(pristine), config).eval()
         models["peft"].set_adapter("default")
-    for what, work in (("forward", forward), ("step", step)):
+    for what, work in (("token", forward), ("forward", forward), ("step", step)):
+        many, ids_now = (3, ids[:1, :1]) if what == "token" else (1, ids)
         bare = copy.deepcopy(pristine)
         if what == "step":  # the bare base's step is full fine-tuning's: forward, and gradients of every weight
             bare.requires_grad_(True)
             for model in models.values():
                 model.train()
-        times = interleaved({"base": work(bare, ids)} | {n: work(m, ids) for n, m in models.items()}, repeat, 2 if repeat > 1 else 0)
+        works = {"base": work(bare, ids_now)} | {n: work(m, ids_now) for n, m in models.items()}
+        times = interleaved(works, repeat * many, 2 if repeat > 1 else 0)
         row[what] = {name: t / times["base"] for name, t in times.items() if name != "base"} | {"base_ms": times["base"] * 1e3}
     return row
 
@@ -130,20 +132,20 @@ def main(quick: bool) -> None:
     pristine, repeat = base(), 1 if quick else 9
     ids = torch.randint(3, 500, (4, 64), generator=torch.Generator().manual_seed(1))
     rows = {}
-    columns = ("forward ×", "step ×", "attach ms", "load ms", "switch ms")
+    columns = ("one token ×", "forward ×", "step ×", "attach ms", "load ms", "switch ms")
     table = Table("", *(f"{what}, {who}" for what in columns for who in ("weft", "peft")))
     for name, (method, config) in METHODS.items():
         rows[name] = measure(method, config, pristine, ids, repeat)
         cells = []
-        for what in ("forward", "step", "attach", "load", "switch"):
+        for what in ("token", "forward", "step", "attach", "load", "switch"):
             for who in ("weft", "peft"):
-                value, factor = rows[name][what].get(who), 1 if what in ("forward", "step") else 1e3
+                value, factor = rows[name][what].get(who), 1 if what in ("token", "forward", "step") else 1e3
                 cells.append("-" if value is None else f"{value * factor:.3g}")
         table.add_row(name, *cells)
         print(name, *cells, flush=True)
-    Console(width=170).print(table)
+    Console(width=200).print(table)
     if not quick:
-        what = "Llama, 8 layers, hidden 256, 4 rows of 64 tokens; a step of the base is full fine-tuning's"
+        what = "Llama, 8 layers, hidden 256, 4 rows of 64 tokens (or one token of one row); a step of the base is full fine-tuning's"
         print(save("methods", {"rows": rows, "base": what}))
 
 

@@ -108,9 +108,21 @@ def train(result: dict[str, Any]) -> str:
     return f"{said}\n\n{table(head, rows)}"
 
 
+def methods(result: dict[str, Any]) -> str:
+    def cells(row: dict[str, Any], what: str) -> list[str]:
+        unit, factor = ("×", 1.0) if what in ("token", "forward", "step") else ("ms", 1e3)
+        return ["-" if row[what].get(side) is None else figure(row[what][side] * factor, unit) for side in ("weft", "peft")]
+
+    kinds = ("token", "forward", "step", "attach", "switch")
+    rows = [[name, *(c for what in kinds for c in cells(row, what))] for name, row in result["rows"].items()]
+    head = ["", *(f"{what}, {side}" for what in ("one token", "256 tokens", "training step", "attach", "there and back") for side in ("weft", "peft"))]
+    return f"Over the bare base: {result['base']}.\n\n{table(head, rows)}"
+
+
 # name of the block -> (file, how the file is made, what the block shows)
 BLOCKS: dict[str, tuple[str, str, Callable[[dict[str, Any]], str]]] = {
     "adapters": ("bench/results/adapters.json", "python bench/adapters.py", adapters),
+    "methods": ("bench/results/methods.json", "python bench/methods.py", methods),
     "step": ("bench/results/step.json", "python bench/step.py", step),
     "step_gpu": ("bench/results/step_gpu.json", "python bench/step.py --device cuda", step),
     "train": ("bench/results/train.json", "python bench/train.py", train),
