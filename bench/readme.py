@@ -115,7 +115,8 @@ def methods(result: dict[str, Any]) -> str:
 
     kinds = ("token", "forward", "step", "attach", "switch")
     rows = [[name, *(c for what in kinds for c in cells(row, what))] for name, row in result["rows"].items()]
-    head = ["", *(f"{what}, {side}" for what in ("one token", "256 tokens", "training step", "attach", "there and back") for side in ("weft", "peft"))]
+    told = ("one token", "256 tokens", "training step", "attach", "there and back")
+    head = ["", *(f"{what}, {side}" for what in told for side in ("weft", "peft"))]
     return f"Over the bare base: {result['base']}.\n\n{table(head, rows)}"
 
 
