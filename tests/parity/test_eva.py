@@ -8,7 +8,7 @@ from torch import nn
 
 import weft
 from tests.conftest import gpt2, llama
-from weft.adapters import attached, names
+from weft.adapters import active, attached, names
 from weft.adapters.eva import eva
 
 
@@ -37,4 +37,4 @@ def test_the_sum_of_ranks_stays(make, ids) -> None:
         assert torch.equal(model(ids).logits, before)
     with pytest.raises(weft.WeftError, match="too few inputs"):
         eva(model, method, [], name="none")
-    assert names(model) == ["default", "even"]
+    assert names(model) == ["default", "even"] and active(model) == ("even",)

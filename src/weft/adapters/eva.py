@@ -11,7 +11,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from weft.adapters.attach import adapt, attach, attached, check_new, remove, using
+from weft.adapters.attach import active, adapt, attach, attached, check_new, remove, use, using
 from weft.adapters.targets import find
 from weft.core import Adapter, Around, Site, WeftError, features, is_linear
 from weft.methods.lora import LoRA, LowRank
@@ -55,6 +55,7 @@ def eva(model: Model, method: LoRA, batches: Iterable[Any], *, name: str = "defa
     watches = {p: Watch(min(ceil(rho * ranks[p][0]), features(m)[0])) for p, m in found.items()}
     for watch in watches.values():
         watch.method = method
+    before = active(model)
     attach(model, cast("dict[str, Adapter]", watches), f"{name} watches")
     try:
         with using(model, f"{name} watches"):
@@ -62,6 +63,7 @@ def eva(model: Model, method: LoRA, batches: Iterable[Any], *, name: str = "defa
                 model(**batch) if isinstance(batch, dict) or hasattr(batch, "keys") else model(batch)
     finally:
         remove(model, f"{name} watches")
+        use(model, before)
     short = [p for p, w in watches.items() if w.seen is None or len(w.seen) < w.most]
     if short:
         raise WeftError(f"the batches hold too few inputs for the rank of {', '.join(short[:5])}: give more")
