@@ -38,8 +38,8 @@ class LoRA(Method):
             base's own weight: "pissa", "pissa_niter_N" (its singular vectors, exactly or by N rounds of iteration) or "olora" (QR).
         bias: Train biases of the base too: "none", "lora_only" (those of the targets) or "all".
         lora_bias: Give B a bias of its own.
-        train_A: False is LoRA-FA (Zhang et al. 2023, arXiv:2308.03303): A stays as it started, on linear layers and convolutions, so half
-            the optimiser's state goes, and of a layer's input training keeps only A x.
+        train_A: False is LoRA-FA (Zhang et al. 2023, arXiv:2308.03303): A stays as it started, on linear layers and convolutions, which
+            leaves the optimiser only B.
         layers_to_transform: Only the targets inside these layers of the model, by their numbers.
         layers_pattern: What the list of layers is called ("layers", "h"), where a path has several numbers.
         rank_pattern: Other ranks for some layers: regular expression for the end of the path -> rank; the first match counts.
