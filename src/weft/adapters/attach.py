@@ -37,6 +37,7 @@ def build(model: nn.Module, method: Method, strict: bool = True) -> dict[str, Ad
     everything = dict(modules(model))
     also = method.also(everything, targets)
     built = method.build_all({p: cast(Site, m) for p, m in targets.items()})
+    built |= method.beyond(everything)
     for path, which in also.items():
         built[path] = Replaced(cast(Site, everything[path]), which)
     shared: dict[int, nn.Parameter] = {}  # what the model ties stays tied

@@ -71,6 +71,10 @@ class Method(ABC):
         """Parameters of the base that this method trains whole, beside the adapters: module path -> names ("bias",)."""
         return {}
 
+    def beyond(self, modules: Mapping[str, nn.Module]) -> dict[str, Adapter]:
+        """Adapters of modules that are found in another way than by `targets`, by path."""
+        return {}
+
     def lr_scale(self, parameter: str) -> float:
         """The learning rate of an adapter's parameter over that of the run."""
         return 1.0

@@ -19,6 +19,7 @@ from weft.core import Adapter, Method, Site, WeftError, base_class, is_conv, is_
 from weft.methods.lora_layers import LowRankConv, LowRankEmbedding
 from weft.methods.lora_linear import Factors, LowRank
 from weft.methods.lora_start import FROM_BASE, LowRankFrom
+from weft.methods.parameters import on_parameters
 
 __all__ = ["LoRA", "LowRank"]
 
@@ -44,6 +45,7 @@ class LoRA(Method):
         layers_pattern: What the list of layers is called ("layers", "h"), where a path has several numbers.
         rank_pattern: Other ranks for some layers: regular expression for the end of the path -> rank; the first match counts.
         alpha_pattern: Other alphas, in the same way.
+        target_parameters: Parameters that are no layer's weight: fused experts ("experts.gate_up_proj"); with targets=() these alone.
     """
 
     rank: int = 16
@@ -59,13 +61,14 @@ class LoRA(Method):
     layers_pattern: str | tuple[str, ...] = ()
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
+    target_parameters: tuple[str, ...] = ()
 
     default_lr: ClassVar[float] = 2e-4  # Dettmers et al. 2023; Biderman et al. 2024 find 2e-4 to 5e-4 best
     site: ClassVar[str] = "linear layers, transformers' Conv1D, embeddings and convolutions"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("layers_to_transform", "layers_pattern"):
+        for name in ("layers_to_transform", "layers_pattern", "target_parameters"):
             value = getattr(self, name)
             object.__setattr__(self, name, tuple(value) if isinstance(value, list) else (value,) if isinstance(value, int) else value)
         ranks = [self.rank, *self.rank_pattern.values()]
@@ -136,8 +139,11 @@ class LoRA(Method):
             return {}
         return {p: ("bias",) for p, m in modules.items() if p not in targets and m._parameters.get("bias") is not None}
 
+    def beyond(self, modules: Mapping[str, nn.Module]) -> dict[str, Adapter]:
+        return on_parameters(self, modules)
+
     def lr_scale(self, parameter: str) -> float:
-        return self.lr_ratio if parameter.rpartition(".")[2] == "B" else 1.0
+        return self.lr_ratio if parameter.rpartition(".")[2].rstrip("0123456789") == "B" else 1.0
 
 
 def _pattern(patterns: Mapping[str, Any], path: str, default: Any) -> Any:

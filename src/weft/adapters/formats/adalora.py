@@ -40,6 +40,7 @@ FIELDS: dict[str, Field] = (
         "use_dora": Field(why="AdaLoRA has no magnitudes", neutral=False, refused=True),
         "bias": Field(why="AdaLoRA here trains triplets only; train biases with weft.BitFit beside it", neutral="none", refused=True),
         "layers_to_transform": Field(why="name the layers in target_modules", refused=True),
+        "target_parameters": Field(why="AdaLoRA is for layers here", refused=True),
         "layers_pattern": Field(why="belongs to layers_to_transform"),
     }
 )  # fmt: skip

@@ -27,6 +27,6 @@ def names(given: Any) -> str | tuple[str, ...]:
 
 def targets(config: Mapping[str, Any]) -> dict[str, Any]:
     """`targets` and `exclude` of a method, from a configuration's target_modules and exclude_modules. The first must be there."""
-    if not config.get("target_modules"):
+    if not config.get("target_modules") and not config.get("target_parameters"):
         raise WeftError("adapter_config.json names no target_modules")
-    return {"targets": names(config["target_modules"]), "exclude": names(config.get("exclude_modules"))}
+    return {"targets": names(config.get("target_modules")), "exclude": names(config.get("exclude_modules"))}

@@ -17,6 +17,7 @@ from weft.methods.dora import DecomposedConv, DecomposedEmbedding, DecomposedLin
 from weft.methods.lora import LowRank
 from weft.methods.lora_layers import LowRankConv, LowRankEmbedding
 from weft.methods.lora_start import FROM_BASE, LowRankFrom
+from weft.methods.parameters import LowRankParameters
 
 # adapter class -> its parameters' names -> peft's names after the module's path
 NAMES: dict[type[Adapter], dict[str, str]] = {
@@ -24,6 +25,8 @@ NAMES: dict[type[Adapter], dict[str, str]] = {
     LowRankFrom: {"A": "lora_A.weight", "B": "lora_B.weight", "b": "lora_B.bias", "bias": "base_layer.bias"},
     LowRankConv: {"A": "lora_A.weight", "B": "lora_B.weight", "bias": "base_layer.bias"},
     LowRankEmbedding: {"A": "lora_embedding_A", "B": "lora_embedding_B"},
+    # peft wraps a module once for each of its parameters: the second lies inside the first one's wrapper, and so on
+    LowRankParameters: {f"{f}{i}": f"{'base_layer.' * i}lora_{f}.weight" for f in "AB" for i in range(4)},
 }
 for _kind, _base in ((DecomposedLinear, LowRank), (DecomposedConv, LowRankConv), (DecomposedEmbedding, LowRankEmbedding)):
     NAMES[_kind] = NAMES[_base] | {"m": "lora_magnitude_vector"}
@@ -45,7 +48,7 @@ FIELDS: dict[str, Field] = COMMON | {
     "fan_in_fan_out": Field(why="weft sees from the layer how its weight lies"),
     "layers_to_transform": Field("layers_to_transform"),
     "layers_pattern": Field("layers_pattern"),
-    "target_parameters": Field(why="weft does not compute it yet", refused=True),
+    "target_parameters": Field("target_parameters"),
     "trainable_token_indices": Field(why="weft does not compute it yet", refused=True),
     "alora_invocation_tokens": Field(why="weft does not compute it yet", refused=True),
     "layer_replication": Field(why="it builds another model out of repeated layers; build that model first", refused=True),
@@ -67,13 +70,14 @@ FIELDS: dict[str, Field] = COMMON | {
 
 
 def _write_lora(method: LoRA, model: nn.Module, adapters: Mapping[str, Adapter]) -> dict[str, Any]:
-    low_rank = {p: a for p, a in adapters.items() if not isinstance(a, Replaced)}
+    low_rank = {p: a for p, a in adapters.items() if not isinstance(a, Replaced | LowRankParameters)}
     method = method.written()
     ranks, alphas = _patterns(method, low_rank)
     return {
         "r": method.rank, "lora_alpha": whole(method.alpha), "lora_dropout": method.dropout, "use_rslora": method.rslora,
         "use_dora": isinstance(method, DoRA), "bias": method.bias, "lora_bias": method.lora_bias,
         "init_lora_weights": method.init == "kaiming" or method.init, "target_modules": short_names(model, low_rank),
+        "target_parameters": list(method.target_parameters) or None,
         "exclude_modules": None, "layers_to_transform": None, "layers_pattern": None, "rank_pattern": ranks, "alpha_pattern": alphas,
         "fan_in_fan_out": any(type(model.get_submodule(p)).__name__.endswith("Conv1D") for p in low_rank),
     }  # fmt: skip
@@ -118,6 +122,7 @@ def _read_lora(config: Mapping[str, Any]) -> LoRA:
         rslora=bool(config.get("use_rslora", False)), bias=config.get("bias", "none"), lora_bias=bool(config.get("lora_bias", False)),
         rank_pattern=dict(config.get("rank_pattern") or {}), alpha_pattern=dict(config.get("alpha_pattern") or {}),
         layers_to_transform=_layers(config.get("layers_to_transform")), layers_pattern=_names(config.get("layers_pattern")),
+        target_parameters=tuple(config.get("target_parameters") or ()),
         **targets(config),
     )  # fmt: skip
 

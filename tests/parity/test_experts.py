@@ -1,0 +1,113 @@
+"""LoRA on fused experts: what peft saves for `target_parameters` loads here and the reverse, with the same logits and gradients."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from torch import nn
+
+import weft
+from tests.conftest import jolt
+from tests.parity.families import FAMILIES
+from weft.adapters import attached, trainable
+from weft.quant import quantise_
+
+QUIET = (".*is_gradient_checkpointing", "Could not find a config", "Unable to", ".*keys did not match any")  # peft's own
+pytestmark = [pytest.mark.filterwarnings(f"ignore:{what}") for what in QUIET]
+BOTH = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+
+
+def _model(family: str) -> nn.Module:
+    torch.manual_seed(0)
+    return FAMILIES[family].make().eval()
+
+
+def _logits(model: nn.Module) -> torch.Tensor:
+    return model(**FAMILIES["Mixtral"].inputs()).logits
+
+
+def _far(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a - b).detach().norm() / b.detach().norm())
+
+
+@pytest.mark.parametrize("family", ["Mixtral", "Qwen3-MoE"])
+@pytest.mark.parametrize("named", [BOTH, BOTH[:1], BOTH[1:]], ids=["both", "gate-up", "down"])
+@pytest.mark.parametrize("modules", [["q_proj"], []], ids=["and-layers", "alone"])
+def test_files_both_ways_and_gradients(family: str, named: list[str], modules: list[str], tmp_path: Path) -> None:
+    base = _model(family)
+    config = peft.LoraConfig(r=2, lora_alpha=6, target_modules=modules, target_parameters=named, task_type="CAUSAL_LM",
+                             rank_pattern={r".*gate_up_proj": 3} if len(named) == 2 else {})  # fmt: skip
+    theirs: Any = peft.get_peft_model(copy.deepcopy(base), config).eval()
+    jolt(theirs, 0.05)
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = weft.load(copy.deepcopy(base), tmp_path / "theirs", name="mine")
+    want = _logits(theirs)
+    assert _far(_logits(ours), want) < 1e-6 and not torch.allclose(want, _logits(base), atol=1e-4)
+    weft.save(ours, tmp_path / "ours", name="mine")
+    assert sorted(json.loads((tmp_path / "ours" / "adapter_config.json").read_text())["target_parameters"]) == sorted(named)
+    again: Any = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "ours").eval()
+    assert _far(_logits(ours), _logits(again)) < 1e-6
+    for model in (ours, theirs):
+        _logits(model).square().mean().backward()
+    for p in (p for p in theirs.parameters() if p.requires_grad):
+        p.data = p.grad
+    theirs.save_pretrained(tmp_path / "gradients")
+    wanted = trainable(weft.load(copy.deepcopy(base), tmp_path / "gradients"), "default")
+    for key, p in trainable(ours, "mine").items():
+        assert p.grad is not None and _far(p.grad, wanted[key]) < 1e-5, key
+
+
+@pytest.mark.parametrize("family", ["Mixtral", "Qwen3-MoE"])
+def test_the_contract_on_experts(family: str, tmp_path: Path) -> None:
+    model = _model(family)
+    kinds, before = {p: type(m) for p, m in model.named_modules()}, _logits(model)
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    method = weft.LoRA(rank=2, targets=("q_proj",), target_parameters=BOTH)
+    for seed, name in enumerate("ab"):
+        weft.adapt(model, method, name=name)
+        assert torch.allclose(_logits(model), before, atol=1e-6)
+        jolt(nn.ModuleList(attached(model, name).values()), seed=seed)
+    alone = {}
+    for name in ("a", "b"):
+        weft.use(model, name)
+        alone[name] = _logits(model)
+    with torch.no_grad(), weft.rows(model, ["b", "a"]):
+        mixed = _logits(model)
+    assert torch.allclose(mixed[0], alone["b"][0], atol=1e-5) and torch.allclose(mixed[1], alone["a"][1], atol=1e-5)
+    weft.use(model, ["a", "b"])
+    both = _logits(model)
+    weft.use(model, ["b", "a"])
+    assert torch.allclose(_logits(model), both, atol=1e-6)
+    weft.merge(model)
+    assert torch.allclose(_logits(model), both, atol=1e-5)
+    weft.unmerge(model)
+    weft.remove(model)
+    assert {p: type(m) for p, m in model.named_modules()} == kinds
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items()) and torch.equal(_logits(model), before)
+
+
+def test_packed_experts() -> None:
+    model = _model("Mixtral")
+    quantise_(model, "nf4", block=32)
+    before = _logits(model)
+    weft.adapt(model, weft.LoRA(rank=2, targets=(), target_parameters=BOTH))
+    assert torch.allclose(_logits(model), before, atol=1e-6)
+    jolt(nn.ModuleList(attached(model, "default").values()))
+    assert not torch.allclose(_logits(model), before, atol=1e-3)
+    _logits(model).square().mean().backward()
+    assert all(p.grad is not None for p in trainable(model, "default").values())
+
+
+def test_what_is_no_expert_is_told() -> None:
+    with pytest.raises(weft.WeftError, match=r"'nothing' matches no parameter(.|\n)*an axis of experts here: down_proj, gate_up_proj"):
+        weft.adapt(_model("Mixtral"), weft.LoRA(targets=("q_proj",), target_parameters=("nothing",)))
+    with pytest.raises(weft.WeftError, match="dropout is not for parameters"):
+        weft.adapt(_model("Mixtral"), weft.LoRA(targets=(), dropout=0.1, target_parameters=BOTH))
+    with pytest.raises(weft.WeftError, match="DoRA is not for parameters"):
+        weft.adapt(_model("Mixtral"), weft.DoRA(targets=("q_proj",), target_parameters=BOTH))
