@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 import weft
+import weft.compat.peft as face
 from tests.conftest import jolt
 from tests.parity.families import FAMILIES
 from weft.adapters import attached, trainable
@@ -102,6 +103,39 @@ def test_packed_experts() -> None:
     assert not torch.allclose(_logits(model), before, atol=1e-3)
     _logits(model).square().mean().backward()
     assert all(p.grad is not None for p in trainable(model, "default").values())
+
+
+class Table(nn.Module):
+    """A parameter of two dimensions that is no layer's weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(6, 4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.table.T
+
+
+def test_a_matrix_that_is_no_layer_s(tmp_path: Path) -> None:
+    inner, x = Table(), torch.randn(3, 4)
+    model = nn.Sequential(inner)
+    weft.adapt(model, weft.LoRA(rank=2, targets=(), target_parameters="table"))
+    assert torch.equal(model(x), x @ inner.table.T)
+    jolt(nn.ModuleList(attached(model, "default").values()))
+    want = model(x)
+    weft.save(model, tmp_path)
+    again = nn.Sequential(Table())
+    again[0].table.data.copy_(inner.table)
+    assert torch.equal(weft.load(again, tmp_path)(x), want)
+    assert torch.allclose(torch.compile(model, backend="aot_eager")(x), want, atol=1e-6)
+    weft.merge(model, keep=False)
+    assert torch.allclose(model(x), want, atol=1e-6) and type(inner) is Table
+
+
+def test_the_face_of_peft_says_that_it_has_no_such_views() -> None:
+    config = face.LoraConfig(target_modules=["q_proj"], target_parameters=BOTH, task_type="CAUSAL_LM")
+    with pytest.raises(ValueError, match=r"weft.LoRA\(target_parameters"):
+        face.get_peft_model(_model("Mixtral"), config)
 
 
 def test_what_is_no_expert_is_told() -> None:

@@ -61,7 +61,7 @@ class LoRA(Method):
     layers_pattern: str | tuple[str, ...] = ()
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
-    target_parameters: tuple[str, ...] = ()
+    target_parameters: str | tuple[str, ...] = ()
 
     default_lr: ClassVar[float] = 2e-4  # Dettmers et al. 2023; Biderman et al. 2024 find 2e-4 to 5e-4 best
     site: ClassVar[str] = "linear layers, transformers' Conv1D, embeddings and convolutions"

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from weft.core import Adapter, Around, Method, Mixture, Site, WeftError, base_class, logical, matcher, numbers, plain
+from weft.core import Adapter, Around, Method, Mixture, Site, WeftError, base_class, logical, matcher, numbers, plain, several
 
 if TYPE_CHECKING:
     from weft.methods.lora import LoRA
@@ -93,7 +93,7 @@ def on_parameters(method: LoRA, modules: Mapping[str, nn.Module]) -> dict[str, A
     wrong = [f"{what} is not for parameters" for what, is_set in unfit.items() if is_set]
     owned = {f"{path}.{name}": (path, name) for path, m in modules.items() for name, p in m._parameters.items() if p is not None}
     chosen: dict[str, list[str]] = {}
-    for target in method.target_parameters:
+    for target in several(method.target_parameters):
         hits = [owned[full] for full in owned if matcher(target)(full)]
         deep = [f"{p}.{n}" for p, n in hits if len(logical(modules[p], n)[0]) not in (2, 3)]
         if not hits or deep:
