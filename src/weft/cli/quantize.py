@@ -61,7 +61,7 @@ def write(model: Any, folder: Path, source: str) -> dict[str, tuple[int, int]]:
 
     from weft.core import is_linear
     from weft.models import resolve
-    from weft.quant import Quantised, QuantLinear
+    from weft.quant import Quantised, QuantLinear, bitsandbytes
 
     dtype = _dtype(resolve(source))
     layers = {path: m for path, m in model.named_modules() if isinstance(m, Quantised)}
@@ -78,12 +78,7 @@ def write(model: Any, folder: Path, source: str) -> dict[str, tuple[int, int]]:
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     config |= {"dtype": str(dtype).removeprefix("torch."), "quantization_config": {"quant_method": "weft", "format": base}}
     if theirs:
-        config["quantization_config"] = {
-            "_load_in_4bit": True, "_load_in_8bit": False, "bnb_4bit_compute_dtype": config["dtype"], "bnb_4bit_quant_storage": "uint8",
-            "bnb_4bit_quant_type": base, "bnb_4bit_use_double_quant": "nested_absmax" in first, "llm_int8_enable_fp32_cpu_offload": False,
-            "llm_int8_has_fp16_weight": False, "llm_int8_skip_modules": plain or None, "llm_int8_threshold": 6.0, "load_in_4bit": True,
-            "load_in_8bit": False, "quant_method": "bitsandbytes",
-        }  # fmt: skip
+        config["quantization_config"] = bitsandbytes.config(base, "nested_absmax" in first, plain, config["dtype"])
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     place = resolve(source)
     try:

@@ -11,7 +11,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -20,11 +19,9 @@ import torch
 from torch import Tensor
 
 from weft.core import WeftError
-from weft.kernels.four_bit import NF4, dynamic, table
 from weft.models.shards import Shards
-from weft.quant import FORMATS, format_of
+from weft.quant import FORMATS, bitsandbytes, format_of
 
-STATE = ".quant_state.bitsandbytes__"
 METHODS = ("bitsandbytes", "fp8", "mxfp4", "weft")  # `quant_method` of a configuration, what weft reads
 
 
@@ -73,17 +70,16 @@ def find(shards: Shards, method: str | None) -> tuple[dict[str, Stored], list[st
         found[name] = Stored(base, torch.Size(shape), read)
         used.update(k for k in keys if k in shards)
 
+    for name, keys in bitsandbytes.packed_keys(shards).items():
+        mark = next((k for k in keys if bitsandbytes.STATE in k), None)
+        base, shape = "int8", shards[name].shape
+        if mark is not None:
+            base, shape = mark.partition(bitsandbytes.STATE)[2], bitsandbytes.state_of(name, shards.read(mark))["shape"]
+        take(name, base, shape, _theirs(shards, name, keys), *keys, f"{name}_format")  # LLM.int8 says there how its rows lie
     for key, place in shards.items():
-        if STATE in key:
-            name, _, base = key.partition(STATE)
-            state = json.loads(bytes(shards.read(key).tolist()))
-            parts = [f"{name}.{p}" for p in ("absmax", "quant_map", "nested_absmax", "nested_quant_map")]
-            take(name, base, state["shape"], _four_bit(shards, name, state), name, key, *parts)
-        elif key.endswith(".SCB"):
-            name = f"{key.removesuffix('.SCB')}.weight"
-            scale = _pair(shards, name, key, lambda s: s.float()[:, None] / 127)
-            take(name, "int8", shards[name].shape, scale, name, key, f"{key.removesuffix('.SCB')}.weight_format")
-        elif key.endswith("_scale_inv"):
+        if key in used:
+            continue
+        if key.endswith("_scale_inv"):
             name = key.removesuffix("_scale_inv")
             take(name, "fp8-block", shards[name].shape, _pair(shards, name, key, Tensor.float), name, key)
         elif key.endswith("_blocks") and f"{key.removesuffix('_blocks')}_scales" in shards:
@@ -109,35 +105,13 @@ def _pair(shards: Shards, name: str, scale: str, change: Callable[[Tensor], Tens
     return lambda: {"weight": shards.read(name), "scale": change(shards.read(scale))}
 
 
-def _four_bit(shards: Shards, name: str, state: Mapping[str, Any]) -> Callable[[], dict[str, Tensor]]:
-    def read() -> dict[str, Tensor]:
-        *rows, width = state["shape"]
-        weight = shards.read(name).reshape(-1).view(torch.uint8)  # `quant_storage` may be another dtype: the bytes are the same
-        absmax = shards.read(f"{name}.absmax")
-        tensors = {"weight": weight.view(*rows, width // 2) if width % 2 == 0 else weight}
-        tensors["absmax"] = absmax.view(*rows, -1) if width % int(state["blocksize"]) == 0 else absmax
-        if "nested_offset" in state:
-            tensors["nested_absmax"] = shards.read(f"{name}.nested_absmax")
-            tensors["nested_offset"] = torch.tensor(state["nested_offset"], dtype=torch.float32)
-        return tensors
-
-    return read
+def _theirs(shards: Shards, name: str, keys: list[str]) -> Callable[[], dict[str, Tensor]]:
+    return lambda: bitsandbytes.read(name, {k: shards.read(k) for k in keys}).tensors
 
 
 def to_file(name: str, base: str, shape: torch.Size, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
     """The tensors of a packed weight under the names of the table above, on the CPU: what `find` reads, bit for bit."""
     held = {key: t.detach().cpu().contiguous() for key, t in tensors.items()}
-    if base not in ("nf4", "fp4"):
-        return {name: held["weight"], f"{name}.scale": held["scale"]}
-    blocks = held["absmax"].numel()
-    numel = torch.Size(shape).numel()
-    block = next(b for b in (32, 64, 128, 256, 512, 1024, 2048, 4096) if -(-numel // b) == blocks)
-    levels = torch.tensor(NF4) if base == "nf4" else table(base, torch.device("cpu")).cpu()
-    told: dict[str, Any] = {"quant_type": base, "blocksize": block, "dtype": str(dtype).removeprefix("torch."), "shape": list(shape)}
-    found = {name: held["weight"].reshape(-1, 1), f"{name}.absmax": held["absmax"].reshape(-1), f"{name}.quant_map": levels.float().clone()}
-    if "nested_absmax" in held:
-        told |= {"nested_blocksize": 256, "nested_dtype": "float32", "nested_offset": held["nested_offset"].item()}
-        found[f"{name}.nested_absmax"] = held["nested_absmax"]
-        found[f"{name}.nested_quant_map"] = dynamic(torch.device("cpu")).cpu().float().clone()
-    found[f"{name}{STATE}{base}"] = torch.tensor(list(json.dumps(told).encode()), dtype=torch.uint8)
-    return found
+    if base in ("nf4", "fp4"):
+        return bitsandbytes.write(name, base, held, shape, dtype)
+    return {name: held["weight"], f"{name}.scale": held["scale"]}

@@ -49,6 +49,15 @@ def packed_keys(keys: Any) -> dict[str, list[str]]:
     return found
 
 
+def state_of(weight: str, stored: Tensor) -> dict[str, Any]:
+    """What the JSON beside a 4-bit weight says: its kind, shape, block size and dtype. Raises WeftError if it is damaged."""
+    try:
+        state: dict[str, Any] = json.loads(bytes(stored.cpu().tolist()).decode("utf-8"))
+        return state | {"shape": torch.Size(state["shape"]), "blocksize": int(state["blocksize"]), "dtype": getattr(torch, state["dtype"])}
+    except (ValueError, KeyError, AttributeError, TypeError) as e:
+        raise WeftError(f"{weight}: its quantisation state is damaged or incomplete ({type(e).__name__}: {e})") from e
+
+
 def read(weight: str, tensors: Mapping[str, Tensor]) -> Stored:
     """One packed weight from the tensors under its keys (those of `packed_keys`), rearranged but not converted.
 
@@ -62,14 +71,12 @@ def read(weight: str, tensors: Mapping[str, Tensor]) -> Stored:
         raise WeftError(f"{weight}: there is no {STATE[1:]}nf4 or ...fp4 beside it, so it is not a 4-bit weight of bitsandbytes")
     kind = mark.partition(STATE)[2]
     form = format_of(kind)
-    try:
-        state = json.loads(bytes(tensors[mark].cpu().tolist()).decode("utf-8"))
-        shape, block, dtype = torch.Size(state["shape"]), int(state["blocksize"]), getattr(torch, state["dtype"])
-        nested = "nested_offset" in state
-        need = [weight, weight + ".absmax", *([weight + ".nested_absmax", weight + ".nested_quant_map"] if nested else [])]
-        packed, absmax, *second = (tensors[k] for k in need)
-    except (ValueError, KeyError, AttributeError, TypeError) as e:
-        raise WeftError(f"{weight}: its quantisation state is damaged or incomplete ({type(e).__name__}: {e})") from e
+    state = state_of(weight, tensors[mark])
+    shape, block, dtype, nested = state["shape"], state["blocksize"], state["dtype"], "nested_offset" in state
+    need = [weight, weight + ".absmax", *([weight + ".nested_absmax", weight + ".nested_quant_map"] if nested else [])]
+    if gone := [k for k in need if k not in tensors]:
+        raise WeftError(f"{weight}: its quantisation state is damaged or incomplete (there is no {', '.join(gone)})")
+    packed, absmax, *second = (tensors[k] for k in need)
     numel, blocks = shape.numel(), -(-shape.numel() // block) if block else 0
     wrong = []
     if block not in BLOCKS:
