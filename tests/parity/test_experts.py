@@ -145,3 +145,5 @@ def test_what_is_no_expert_is_told() -> None:
         weft.adapt(_model("Mixtral"), weft.LoRA(targets=(), dropout=0.1, target_parameters=BOTH))
     with pytest.raises(weft.WeftError, match="DoRA is not for parameters"):
         weft.adapt(_model("Mixtral"), weft.DoRA(targets=("q_proj",), target_parameters=BOTH))
+    with pytest.raises(weft.WeftError, match="q_proj: adapted as a layer by targets and once more"):
+        weft.adapt(_model("Mixtral"), weft.LoRA(targets=("q_proj",), target_parameters="q_proj.weight"))

@@ -37,7 +37,10 @@ def build(model: nn.Module, method: Method, strict: bool = True) -> dict[str, Ad
     everything = dict(modules(model))
     also = method.also(everything, targets)
     built = method.build_all({p: cast(Site, m) for p, m in targets.items()})
-    built |= method.beyond(everything)
+    beyond = method.beyond(everything)
+    if twice := sorted(set(beyond) & set(built)):
+        raise WeftError(f"{', '.join(twice[:3])}: adapted as a layer by targets and once more by a parameter's name; leave one of them out")
+    built |= beyond
     for path, which in also.items():
         built[path] = Replaced(cast(Site, everything[path]), which)
     shared: dict[int, nn.Parameter] = {}  # what the model ties stays tied

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from weft.step.fast import Fast, prepare
-from weft.step.loss import fusible, loss_sum
-from weft.step.several import loss_sums
+from weft.step.loss import fusible, loss_sum, loss_sums
 
 __all__ = ["Fast", "fusible", "loss_sum", "loss_sums", "prepare"]

@@ -7,7 +7,7 @@ the whole step, which the loop knows (`batch.n_targets`) before the first forwar
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
@@ -42,15 +42,24 @@ def loss_sum(model: nn.Module, batch: Batch, head: nn.Linear | None = None, plai
     head: the model's frozen output head, when `fusible` found that logits are what it returns and nothing else: then the logits are
     never formed (`weft.kernels.linear_cross_entropy`).  plain: by that operation's reference.
     """
-    if head is not None:
-        with _passing(head):
-            hidden, targets = _logits(model, batch)
-        work = linear_cross_entropy_sliced if plain else linear_cross_entropy
-        return work(hidden.flatten(0, -2), head.weight, targets.flatten(), head.bias)
-    logits, targets = _logits(model, batch)
-    if logits.dtype in (torch.bfloat16, torch.float16):
-        logits = logits.float()
-    return F.cross_entropy(logits.flatten(0, -2), targets.flatten(), ignore_index=-100, reduction="sum")
+    return loss_sums(model, batch, (batch.input_ids.shape[0],), head, plain)[0]
+
+
+def loss_sums(
+    model: nn.Module, batch: Batch, counts: Sequence[int], head: nn.Linear | None = None, plain: bool = False
+) -> list[Tensor]:
+    """The same for several owners of rows, each a sum of its own: the first `counts[0]` rows are those of the first owner, and so on."""
+    if head is None:
+        logits, targets = _logits(model, batch)
+        if logits.dtype in (torch.bfloat16, torch.float16):
+            logits = logits.float()
+        pairs = zip(logits.split(list(counts)), targets.split(list(counts)), strict=True)
+        return [F.cross_entropy(x.flatten(0, -2), t.flatten(), ignore_index=-100, reduction="sum") for x, t in pairs]
+    with _passing(head):
+        hidden, targets = _logits(model, batch)
+    work = linear_cross_entropy_sliced if plain else linear_cross_entropy
+    pairs = zip(hidden.split(list(counts)), targets.split(list(counts)), strict=True)
+    return [work(h.flatten(0, -2), head.weight, t.flatten(), head.bias) for h, t in pairs]
 
 
 def fusible(model: nn.Module) -> nn.Linear | None:

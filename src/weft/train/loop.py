@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
+from weft.data import Batch
 from weft.train.run import Run
 from weft.train.schedule import learning_rate
 
 
 def train(run: Run) -> None:
     """Take optimiser steps until the run is over. Gradients are those of the mean over all target tokens of the step's micro-batches."""
-    config, flat = run.config, run.flat
     run.begin()
     while group := run.next_group():
         run.pace.starts()
@@ -20,12 +22,17 @@ def train(run: Run) -> None:
             part = run.fast.loss(batch.to(run.device)) / targets
             part.backward()
             loss += part.detach()
-        if (penalty := run.penalty()) is not None:
-            penalty.backward()
-        run.check_gradients()
-        norm = flat.clip(config.clip)
-        lr = learning_rate(run.state.step, run.steps, run.peak, config)
-        run.optimiser.step(lr)
-        run.method.after_step(run.adapters, run.state.step, run.steps)  # it may still want the gradients
-        flat.zero_grad()
-        run.stepped(group, loss, norm, lr)
+        update(run, group, loss)
+
+
+def update(run: Run, group: Sequence[Batch], loss: torch.Tensor) -> None:
+    """One optimiser step with the gradients that the step's micro-batches left. loss: their mean over all target tokens, ()."""
+    if (penalty := run.penalty()) is not None:
+        penalty.backward()
+    run.check_gradients()
+    norm = run.flat.clip(run.config.clip)
+    lr = learning_rate(run.state.step, run.steps, run.peak, run.config)
+    run.optimiser.step(lr)
+    run.method.after_step(run.adapters, run.state.step, run.steps)  # it may still want the gradients
+    run.flat.zero_grad()
+    run.stepped(group, loss, norm, lr)

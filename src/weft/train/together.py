@@ -23,11 +23,11 @@ from weft.models import load_base, load_tokenizer
 from weft.step import fusible, loss_sums
 from weft.train.fit import Result, _adapted, _base, _Data, _device, _finish, _plan, _threads
 from weft.train.guard import Diverged, Interrupted, Signals
+from weft.train.loop import update
 from weft.train.output import Output
 from weft.train.progress import Show
 from weft.train.recipe import Recipe, checked
 from weft.train.run import Event, Run
-from weft.train.schedule import learning_rate
 
 
 def train_together(runs: Sequence[Run], lost: dict[str, Diverged]) -> None:
@@ -54,22 +54,9 @@ def train_together(runs: Sequence[Run], lost: dict[str, Diverged]) -> None:
                 losses[i] += part.detach()
         for (run, group), loss in zip(steps, losses, strict=True):
             try:
-                _step(run, group, loss)
+                update(run, group, loss)
             except Diverged as e:
                 lost[run.recipe.name] = e
-
-
-def _step(run: Run, group: Any, loss: torch.Tensor) -> None:
-    """One run's own part of a step: as in `weft.train.loop`."""
-    if (penalty := run.penalty()) is not None:
-        penalty.backward()  # type: ignore[no-untyped-call]
-    run.check_gradients()
-    norm = run.flat.clip(run.config.clip)
-    lr = learning_rate(run.state.step, run.steps, run.peak, run.config)
-    run.optimiser.step(lr)
-    run.method.after_step(run.adapters, run.state.step, run.steps)
-    run.flat.zero_grad()
-    run.stepped(group, loss, norm, lr)
 
 
 def run_recipes(
@@ -139,11 +126,17 @@ def fit_together(
                 if run.state.step and run.recipe.name not in lost and not run.over():
                     run.save()
             raise
+    shows[0].table({result.adapter.name: _losses(result) for result in results})
     if lost:
         finished = ", ".join(str(r.adapter) for r in results) or "none"
         told = "\n  ".join(f"{name}: {e}" for name, e in lost.items())
         raise Diverged(f"{len(lost)} of {len(runs)} runs diverged; lower their train.lr. Finished: {finished}\n  {told}")
     return results
+
+
+def _losses(result: Result) -> str:
+    found = {"train loss": result.train_loss, "eval loss": result.eval_loss, "exact match": result.exact_match}
+    return ", ".join([f"{what} {value:.4f}" for what, value in found.items() if value is not None] + [str(result.adapter)])
 
 
 def _teller(name: str, show: Show, on_event: Callable[[Event], None] | None) -> Callable[[Event], None]:
