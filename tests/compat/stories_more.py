@@ -79,7 +79,7 @@ def others(peft: Any, folder: Path) -> dict[str, Any]:
     targets = ["q_proj", "up_proj"]
     configs = {
         "loha": peft.LoHaConfig(r=2, alpha=3, target_modules=targets, task_type="CAUSAL_LM"),
-        "lokr": peft.LoKrConfig(r=2, target_modules=targets, task_type="CAUSAL_LM"),
+        "lokr": peft.LoKrConfig(r=2, target_modules=targets, layers_to_transform=[1], layers_pattern="layers", task_type="CAUSAL_LM"),
         "oft": peft.OFTConfig(oft_block_size=8, target_modules=targets, task_type="CAUSAL_LM"),
     }
     for name, config in configs.items():

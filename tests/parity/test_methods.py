@@ -27,6 +27,7 @@ pytestmark = [
         "Unsupported layer type",
         "Invalid `(r|oft_block_size)`",
         "Unable to fetch remote file",
+        "Setting `save_embedding_layers` to `True`",
     )
 ]
 
@@ -73,6 +74,15 @@ KINDS: dict[str, Kind] = {
     "oft-three-terms": Kind(llama, peft.OFTConfig, dict(oft_block_size=4, num_cayley_neumann_terms=3, target_modules=["v_proj"]), "OFT"),
     "oft-seven-terms": Kind(llama, peft.OFTConfig, dict(oft_block_size=4, num_cayley_neumann_terms=7, target_modules=["v_proj"]), "OFT"),
     "oft-constrained": Kind(llama, peft.OFTConfig, dict(oft_block_size=4, coft=True, eps=0.5, target_modules=["v_proj"]), "OFT"),
+    "loha-layers": Kind(llama, peft.LoHaConfig, dict(r=3, target_modules=["q_proj"], layers_to_transform=0), "LoHa"),
+    "lokr-layers": Kind(llama, peft.LoKrConfig, dict(r=3, target_modules=["q_proj", "lm_head"], layers_to_transform=[1]), "LoKr"),
+    "oft-layers": Kind(
+        llama, peft.OFTConfig, dict(oft_block_size=4, target_modules=["v_proj"], layers_to_transform=[1], layers_pattern="layers"), "OFT"
+    ),
+    "vera-layers": Kind(llama, peft.VeraConfig, dict(r=4, d_initial=1.0, target_modules=["q_proj"], layers_to_transform=[1]), "VeRA"),
+    "adalora-layers": Kind(
+        llama, peft.AdaLoraConfig, dict(init_r=4, target_r=2, total_step=10, target_modules=["q_proj"], layers_to_transform=[1]), "AdaLoRA"
+    ),
     "ln": Kind(llama, peft.LNTuningConfig, {}, "LNTuning"),
     "ln-gpt2": Kind(gpt2, peft.LNTuningConfig, {}, "LNTuning"),
     "ln-plain": Kind(Plain, peft.LNTuningConfig, dict(target_modules=["norm"]), "LNTuning"),

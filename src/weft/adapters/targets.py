@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from difflib import get_close_matches
 
 from torch import nn
@@ -37,7 +38,13 @@ def find(model: nn.Module, method: Method, strict: bool = True) -> dict[str, nn.
             hits = {p for p in able if matcher(target)(p)}
             if not hits and strict:
                 wrong.append(_why(target, everything, able, method))
-        chosen |= {p for p in hits if method.takes(p)}
+        chosen |= hits
+    there = chosen
+    chosen = {p for p in there if method.takes(p)}
+    if strict and method.layers_to_transform is not None and there:
+        none = [n for n in method.layers_to_transform if not any(replace(method, layers_to_transform=(n,)).takes(p) for p in there)]
+        where = f" (layers_pattern={method.layers_pattern!r})" if method.layers_pattern else ""
+        wrong += [f"layers_to_transform={n}{where}: none of the targets lies in a layer of that number" for n in none]
     out = [e for e in several(method.exclude) if not any(matcher(e)(p) for p in everything)] if strict else []
     wrong += [f"exclude={e!r} matches no module" for e in out]
     chosen -= {p for p in chosen if any(matcher(e)(p) for e in several(method.exclude))}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
@@ -12,6 +13,7 @@ from torch import nn
 
 from weft.core.adapter import Adapter
 from weft.core.errors import WeftError
+from weft.core.names import several
 from weft.core.site import Site
 
 METHODS: dict[str, type[Method]] = {}  # every concrete method by the name of its class
@@ -27,12 +29,18 @@ class Method(ABC):
             ("q_proj", "layers.0.mlp.up_proj": the path or its end), a glob ("*.layers.1?.*"), a regular expression ("re:.*(q|v)_proj").
         exclude: Layers to leave out, written like targets.
         modules_to_save: Modules trained whole beside the adapters and stored with them, written like targets: a classifier's head, say.
+        layers_to_transform: Only the targets inside these layers of the model, by their numbers. A target written as a whole path counts
+            wherever it is.
+        layers_pattern: What the list of layers is called ("layers", "h"), where a path has several numbers; else the first one counts.
     """
 
     targets: str | tuple[str, ...] = "all-linear"
     exclude: str | tuple[str, ...] = ()
     modules_to_save: str | tuple[str, ...] = ()
+    layers_to_transform: tuple[int, ...] | None = None
+    layers_pattern: str | tuple[str, ...] = ()
 
+    layered: ClassVar[bool] = True  # whether it stands on layers; else on the model as one
     mergeable: ClassVar[bool] = True  # whether layer and adapter together are one plain layer
     default_lr: ClassVar[float] = 2e-4  # the learning rate that `weft train` starts from, for AdamW
     site: ClassVar[str] = "layers"  # for messages: what this method can adapt
@@ -42,18 +50,31 @@ class Method(ABC):
         METHODS[cls.__name__] = cls
 
     def __post_init__(self) -> None:
-        for name in ("targets", "exclude", "modules_to_save"):  # a list is welcome, but a frozen value must be hashable
+        # a list is welcome, and so is one number, but a frozen value must be hashable
+        for name in ("targets", "exclude", "modules_to_save", "layers_to_transform", "layers_pattern"):
             value = getattr(self, name)
-            if not isinstance(value, str):
-                object.__setattr__(self, name, tuple(value))
+            if not isinstance(value, str | None):
+                object.__setattr__(self, name, (value,) if isinstance(value, int) else tuple(value))
+        if self.layers_to_transform is None and not self.layers_pattern:
+            return
+        if not self.layered:
+            raise WeftError(f"{type(self).__name__} stands on the model and not on its layers: leave out layers_to_transform")
+        numbers = self.layers_to_transform or ()
+        if not numbers or not all(isinstance(n, int) and n >= 0 for n in numbers):
+            raise WeftError(f"layers_to_transform={self.layers_to_transform!r}: write the numbers of layers, from 0, or leave it out"
+                            + " and layers_pattern with it" * bool(self.layers_pattern))  # fmt: skip
 
     @abstractmethod
     def accepts(self, layer: nn.Module) -> bool:
         """Whether this method can adapt such a layer."""
 
     def takes(self, path: str) -> bool:
-        """Whether a layer that `targets` means is adapted, by its path."""
-        return True
+        """Whether a layer that `targets` means lies in one of `layers_to_transform`, by its path."""
+        if self.layers_to_transform is None or path in several(self.targets):
+            return True
+        names = (re.match(rf"(?:.*?\.)??{name}\.(\d+)\.", f"{path}.") for name in several(self.layers_pattern or "[^.]*"))
+        found = next((match for match in names if match), None)  # lazily: the layer's number, not that of an expert inside it
+        return found is not None and int(found[1]) in self.layers_to_transform
 
     def auto(self, able: Mapping[str, nn.Module], heads: Collection[str]) -> Collection[str]:
         """The paths that targets="auto" means, out of those that this method can adapt; `heads` are those of the output head."""

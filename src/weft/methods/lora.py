@@ -7,15 +7,14 @@ with rsLoRA's scale α / √r (Kalajdzievski 2023, arXiv:2312.03732) and LoRA+'s
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from math import sqrt
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from torch import Tensor, nn
 
-from weft.core import Adapter, Method, Site, WeftError, base_class, is_conv, is_linear
+from weft.core import Adapter, Method, Site, WeftError, base_class, by_pattern, is_conv, is_linear
 from weft.methods.lora_layers import LowRankConv, LowRankEmbedding
 from weft.methods.lora_linear import Factors, LowRank
 from weft.methods.lora_start import FROM_BASE, LowRankFrom
@@ -41,8 +40,6 @@ class LoRA(Method):
         lora_bias: Give B a bias of its own.
         train_A: False is LoRA-FA (Zhang et al. 2023, arXiv:2308.03303): A stays as it started, on linear layers and convolutions, which
             leaves the optimiser only B.
-        layers_to_transform: Only the targets inside these layers of the model, by their numbers.
-        layers_pattern: What the list of layers is called ("layers", "h"), where a path has several numbers.
         rank_pattern: Other ranks for some layers: regular expression for the end of the path -> rank; the first match counts.
         alpha_pattern: Other alphas, in the same way.
         target_parameters: Parameters that are no layer's weight: fused experts ("experts.gate_up_proj"); with targets=() these alone.
@@ -57,8 +54,6 @@ class LoRA(Method):
     bias: Literal["none", "lora_only", "all"] = "none"
     lora_bias: bool = False
     train_A: bool = True
-    layers_to_transform: tuple[int, ...] | None = None
-    layers_pattern: str | tuple[str, ...] = ()
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     target_parameters: str | tuple[str, ...] = ()
@@ -68,9 +63,8 @@ class LoRA(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("layers_to_transform", "layers_pattern", "target_parameters"):
-            value = getattr(self, name)
-            object.__setattr__(self, name, tuple(value) if isinstance(value, list) else (value,) if isinstance(value, int) else value)
+        if isinstance(self.target_parameters, list):
+            object.__setattr__(self, "target_parameters", tuple(self.target_parameters))
         ranks = [self.rank, *self.rank_pattern.values()]
         wrong = [f"a rank of {r}: a rank is a whole number of at least 1" for r in ranks if not isinstance(r, int) or r < 1]
         if self.init not in ("kaiming", "gaussian", "orthogonal") and not FROM_BASE.fullmatch(self.init):
@@ -87,19 +81,12 @@ class LoRA(Method):
     def accepts(self, layer: nn.Module) -> bool:
         return is_linear(layer) or isinstance(layer, nn.Embedding) or is_conv(layer)
 
-    def takes(self, path: str) -> bool:
-        if self.layers_to_transform is None:
-            return True
-        names = (self.layers_pattern,) if isinstance(self.layers_pattern, str) else self.layers_pattern or ("[^.]*",)
-        found = next((m for n in names if (m := re.match(rf"(.*\.)?{n}\.(\d+)\.", f"{path}."))), None)
-        return found is not None and int(found[2]) in self.layers_to_transform
-
     def scaled(self, path: str) -> tuple[int, float]:
         """(rank, scale) of the layer at this path."""
         if self.from_base:  # by way of what is written, so that the file's scale is the same to the last bit
             rank, scale = self.written().scaled(path)
             return rank // 2, scale
-        rank, alpha = _pattern(self.rank_pattern, path, self.rank), _pattern(self.alpha_pattern, path, self.alpha)
+        rank, alpha = by_pattern(self.rank_pattern, path, self.rank), by_pattern(self.alpha_pattern, path, self.alpha)
         return rank, alpha / (sqrt(rank) if self.rslora else rank)
 
     def first(self, A: Tensor) -> nn.Parameter:
@@ -144,7 +131,3 @@ class LoRA(Method):
 
     def lr_scale(self, parameter: str) -> float:
         return self.lr_ratio if parameter.rpartition(".")[2].rstrip("0123456789") == "B" else 1.0
-
-
-def _pattern(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
-    return next((v for p, v in patterns.items() if re.fullmatch(rf"(.*\.)?({p})", path)), default)

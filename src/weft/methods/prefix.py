@@ -116,6 +116,7 @@ class PrefixTuning(Method):
     tokenizer: str | None = None
     targets: str | tuple[str, ...] = ""
 
+    layered: ClassVar[bool] = False
     mergeable: ClassVar[bool] = False
     default_lr: ClassVar[float] = 1e-2
     site: ClassVar[str] = "a transformers model (the model itself, targets='')"

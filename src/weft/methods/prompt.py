@@ -111,6 +111,7 @@ class PromptTuning(Method):
     copies: int = 1
     targets: str | tuple[str, ...] = ""
 
+    layered: ClassVar[bool] = False
     mergeable: ClassVar[bool] = False
     default_lr: ClassVar[float] = 1e-2
     site: ClassVar[str] = "a transformers model (the model itself, targets='')"

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from weft.adapters.formats.base import COMMON, Field, Format, checked, short_names, whole
-from weft.adapters.formats.common import targets
+from weft.adapters.formats.common import LAYERS, targets
 from weft.adapters.formats.lora import FIELDS as LORA
 from weft.core import Adapter, Method, is_conv1d
 from weft.methods import AdaLoRA
@@ -18,7 +18,7 @@ NAMES: dict[type[Adapter], dict[str, str]] = {Triplets: {"A": "lora_A", "B": "lo
 
 _LORA_ONLY = "a field of LoRA's that peft's AdaLoRA does not use"
 FIELDS: dict[str, Field] = (
-    {name: f for name, f in LORA.items() if f.refused or name in COMMON or not f.weft}
+    {name: f for name, f in LORA.items() if f.refused or name in COMMON | LAYERS or not f.weft}
     | {
         name: Field(why=_LORA_ONLY)
         for name in ("r", "use_rslora", "alpha_pattern", "lora_bias", "qalora_group_size")
@@ -39,9 +39,7 @@ FIELDS: dict[str, Field] = (
         "rank_pattern": Field("rank_pattern"),
         "use_dora": Field(why="AdaLoRA has no magnitudes", neutral=False, refused=True),
         "bias": Field(why="AdaLoRA here trains triplets only; train biases with weft.BitFit beside it", neutral="none", refused=True),
-        "layers_to_transform": Field(why="name the layers in target_modules", refused=True),
         "target_parameters": Field(why="AdaLoRA is for layers here", refused=True),
-        "layers_pattern": Field(why="belongs to layers_to_transform"),
     }
 )  # fmt: skip
 

@@ -8,11 +8,9 @@ from typing import Any
 from weft.adapters.formats.base import Field
 from weft.core import WeftError
 
-_NOT_YET = Field(why="not yet", refused=True)
 START = Field(why="about how training began: nothing that a trained adapter computes")
+LAYERS: dict[str, Field] = {name: Field(name) for name in ("layers_to_transform", "layers_pattern")}
 OFTEN: dict[str, Field] = {
-    "layers_to_transform": _NOT_YET,
-    "layers_pattern": _NOT_YET,
     "fan_in_fan_out": Field(why="weft sees from the layer how its weight lies"),
     "init_weights": START,
 }
@@ -26,7 +24,11 @@ def names(given: Any) -> str | tuple[str, ...]:
 
 
 def targets(config: Mapping[str, Any]) -> dict[str, Any]:
-    """`targets` and `exclude` of a method, from a configuration's target_modules and exclude_modules. The first must be there."""
+    """Which layers a configuration means, as hyper-parameters of a method. Its target_modules must be there."""
     if not config.get("target_modules") and not config.get("target_parameters"):
         raise WeftError("adapter_config.json names no target_modules")
-    return {"targets": names(config.get("target_modules")), "exclude": names(config.get("exclude_modules"))}
+    chosen: dict[str, Any] = {"targets": names(config.get("target_modules")), "exclude": names(config.get("exclude_modules"))}
+    layers = config.get("layers_to_transform")
+    if layers not in (None, []) and not isinstance(config.get("target_modules"), str):  # a single number may be 0; peft heeds it so
+        chosen |= {"layers_to_transform": layers, "layers_pattern": config.get("layers_pattern") or ()}
+    return chosen

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from weft.adapters.formats.base import COMMON, Field, Format, checked, short_names, whole
-from weft.adapters.formats.common import targets
+from weft.adapters.formats.common import LAYERS, targets
 from weft.core import Adapter, Method, Replaced, WeftError, several
 from weft.methods import DoRA, LoRA
 from weft.methods.dora import DecomposedConv, DecomposedEmbedding, DecomposedLinear
@@ -34,7 +34,7 @@ for _kind, _base in ((DecomposedLinear, LowRank), (DecomposedConv, LowRankConv),
 _START = "about how training began: nothing that a trained adapter computes"
 _ELSE = "a variant of LoRA that weft does not have"
 
-FIELDS: dict[str, Field] = COMMON | {
+FIELDS: dict[str, Field] = COMMON | LAYERS | {
     "r": Field("rank"),
     "lora_alpha": Field("alpha"),
     "lora_dropout": Field("dropout"),
@@ -46,8 +46,6 @@ FIELDS: dict[str, Field] = COMMON | {
     "alpha_pattern": Field("alpha_pattern"),
     "init_lora_weights": Field("init", why=_START),
     "fan_in_fan_out": Field(why="weft sees from the layer how its weight lies"),
-    "layers_to_transform": Field("layers_to_transform"),
-    "layers_pattern": Field("layers_pattern"),
     "target_parameters": Field("target_parameters"),
     "trainable_token_indices": Field(why="weft does not compute it yet", refused=True),
     "alora_invocation_tokens": Field(why="weft does not compute it yet", refused=True),
@@ -99,14 +97,6 @@ def _stored(adapter: Any, parameter: str, tensor: Tensor) -> Tensor:
     return adapter.product()["AB".index(parameter)].detach() if isinstance(adapter, LowRankFrom) and parameter in ("A", "B") else tensor
 
 
-def _layers(given: Any) -> tuple[int, ...] | None:
-    return None if given in (None, []) else (given,) if isinstance(given, int) else tuple(given)
-
-
-def _names(given: Any) -> str | tuple[str, ...]:
-    return () if not given else given if isinstance(given, str) else tuple(given)
-
-
 def _read_lora(config: Mapping[str, Any]) -> LoRA:
     checked(config, FIELDS, "LoRA")
     start = config.get("init_lora_weights")
@@ -121,7 +111,6 @@ def _read_lora(config: Mapping[str, Any]) -> LoRA:
         rank=config.get("r", 8), alpha=float(config.get("lora_alpha", 8)), dropout=float(config.get("lora_dropout", 0.0)),
         rslora=bool(config.get("use_rslora", False)), bias=config.get("bias", "none"), lora_bias=bool(config.get("lora_bias", False)),
         rank_pattern=dict(config.get("rank_pattern") or {}), alpha_pattern=dict(config.get("alpha_pattern") or {}),
-        layers_to_transform=_layers(config.get("layers_to_transform")), layers_pattern=_names(config.get("layers_pattern")),
         target_parameters=tuple(config.get("target_parameters") or ()),
         **targets(config),
     )  # fmt: skip

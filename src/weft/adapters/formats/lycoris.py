@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from weft.adapters.formats.base import COMMON, Field, Format, checked, short_names, whole
-from weft.adapters.formats.common import OFTEN, targets
+from weft.adapters.formats.common import LAYERS, OFTEN, targets
 from weft.core import Adapter, Method
 from weft.methods import LoHa, LoKr
 from weft.methods.loha import Hadamard
@@ -21,7 +21,7 @@ NAMES: dict[type[Adapter], dict[str, str]] = {
 _SAME = ("rank_dropout", "module_dropout", "use_effective_conv2d")  # called the same in both
 _KRON = ("decompose_both", "decompose_factor", "rank_dropout_scale")
 _MINE = {"r": "rank", "alpha": "alpha", "rank_pattern": "rank_pattern", "alpha_pattern": "alpha_pattern"}
-LOHA: dict[str, Field] = COMMON | OFTEN | {k: Field(v) for k, v in _MINE.items()} | {k: Field(k) for k in _SAME}
+LOHA: dict[str, Field] = COMMON | LAYERS | OFTEN | {k: Field(v) for k, v in _MINE.items()} | {k: Field(k) for k in _SAME}
 LOKR: dict[str, Field] = LOHA | {k: Field(k) for k in _KRON}
 
 

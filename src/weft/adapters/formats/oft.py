@@ -8,14 +8,14 @@ from typing import Any
 from torch import nn
 
 from weft.adapters.formats.base import COMMON, Field, Format, checked, short_names
-from weft.adapters.formats.common import OFTEN, targets
+from weft.adapters.formats.common import LAYERS, OFTEN, targets
 from weft.core import Adapter, Method, WeftError, is_conv1d
 from weft.methods import OFT
 from weft.methods.oft import Rotation
 
 NAMES: dict[type[Adapter], dict[str, str]] = {Rotation: {"R": "oft_R.weight"}}
 _SAME = ("module_dropout", "coft", "eps", "block_share", "use_cayley_neumann", "num_cayley_neumann_terms")
-FIELDS: dict[str, Field] = COMMON | OFTEN | {k: Field(k) for k in _SAME} | {
+FIELDS: dict[str, Field] = COMMON | LAYERS | OFTEN | {k: Field(k) for k in _SAME} | {
     "r": Field("blocks"), "oft_block_size": Field("block_size"), "bias": Field(why="not yet", neutral="none", refused=True),
 }  # fmt: skip
 

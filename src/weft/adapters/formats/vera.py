@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from weft.adapters.formats.base import COMMON, Field, Format, checked, short_names
-from weft.adapters.formats.common import targets
+from weft.adapters.formats.common import LAYERS, targets
 from weft.core import Adapter, Method, WeftError, is_conv1d
 from weft.methods import VeRA
 from weft.methods.vera import Projection, Vectors
@@ -17,7 +17,7 @@ from weft.methods.vera import Projection, Vectors
 NAMES: dict[type[Adapter], dict[str, str]] = {Vectors: {"d": "vera_lambda_d", "b": "vera_lambda_b"}}
 SHARED = ("base_model.vera_A", "base_model.vera_B")
 
-FIELDS: dict[str, Field] = COMMON | {
+FIELDS: dict[str, Field] = COMMON | LAYERS | {
     "r": Field("rank"),
     "vera_dropout": Field("dropout"),
     "d_initial": Field("d_initial"),
@@ -26,8 +26,6 @@ FIELDS: dict[str, Field] = COMMON | {
     "init_weights": Field(why="how training began: nothing that a trained adapter computes"),
     "fan_in_fan_out": Field(why="weft sees from the layer how its weight lies"),
     "bias": Field(why="VeRA here trains vectors only; train biases with weft.BitFit beside it", neutral="none", refused=True),
-    "layers_to_transform": Field(why="name the layers in target_modules", refused=True),
-    "layers_pattern": Field(why="belongs to layers_to_transform"),
 }
 
 
