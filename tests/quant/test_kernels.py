@@ -15,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from weft.kernels.four_bit import NF4, block_size
+from weft.kernels import four_bit
+from weft.kernels.four_bit import NF4, TABLES, block_size, scales
 from weft.kernels.scratch import release, scratch
 from weft.quant import FORMATS, QuantLinear, computing, dense, relative_error, roundtrip
 from weft.quant.four_bit import BLOCKS
@@ -51,6 +52,24 @@ def test_a_weight_is_decoded_element_by_element(shape: tuple[int, int], block: i
     assert torch.allclose(FORMATS[kind].unpack(again, shape, torch.float32).flatten(), got, rtol=1e-5, atol=1e-6) or nested
     for dtype in (torch.bfloat16, torch.float16):
         assert torch.equal(FORMATS[kind].unpack(held, shape, dtype), got.view(shape).to(dtype)), "computed in fp32, rounded once"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(40, 601), (37, 333), (64, 512)])
+def test_a_cpu_decodes_piece_by_piece(shape: tuple[int, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    for kind, nested in (("nf4", True), ("fp4", False)):
+        held = FORMATS[kind].pack(torch.randn(shape), nested=nested)
+        whole = FORMATS[kind].unpack(held, shape, dtype)
+        levels = torch.tensor(TABLES[kind])[torch.stack([held["weight"] >> 4, held["weight"] & 15], -1).flatten().int()]
+        scale = scales(held["absmax"], held.get("nested_absmax"), held.get("nested_offset")).repeat_interleave(64)
+        assert torch.equal(whole.flatten(), (levels[: whole.numel()] * scale[: whole.numel()]).to(dtype))
+        with monkeypatch.context() as patched:
+            patched.setattr(four_bit, "_STRIDE", 4096)
+            for offset in (0, 1):  # pairs of values cannot be written at an odd place
+                room = torch.full((whole.numel() + 2,), 7.0, dtype=dtype)
+                out = room[offset : offset + whole.numel()].view(shape)
+                assert FORMATS[kind].unpack(held, shape, dtype, out) is out and torch.equal(out, whole)
+                assert all(v == 7 for v in (*room[:offset], *room[offset + whole.numel() :]))
 
 
 @settings(max_examples=20, deadline=None)
