@@ -9,12 +9,16 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import weft
 from tests.conftest import Plain, gpt2, jolt, llama
 from tests.parity.test_lora import pytestmark as pytestmark
 from weft.adapters import attached, trainable
+from weft.adapters.files import WEIGHTS
+from weft.kernels.low_rank import low_rank_add_reference
 from weft.quant import quantise_
 
 STARTS = [
@@ -111,6 +115,56 @@ def test_a_frozen_A_is_in_the_file_and_not_in_training(ids, tmp_path: Path) -> N
     jolt(model)
     weft.save(model, tmp_path)
     assert torch.allclose(peft.PeftModel.from_pretrained(base, tmp_path)(ids).logits, model(ids).logits, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [weft.LoRA, weft.DoRA])
+def test_what_peft_has_no_field_for_is_kept_and_says_nothing_to_peft(kind, ids, tmp_path: Path) -> None:
+    base = llama()
+    model = weft.adapt(copy.deepcopy(base), kind(rank=4, train_A=False, lr_ratio=16, targets="q_proj"))
+    jolt(model)
+    weft.save(model, tmp_path / "one")
+    again = weft.load(copy.deepcopy(base), tmp_path / "one")  # warnings are errors here, peft's too
+    method = next(iter(attached(again, "default").values())).method
+    assert (method.train_A, method.lr_ratio) == (False, 16)
+    assert {k.rpartition(".")[2] for k in trainable(again, "default")} == {"B", "m"} - ({"m"} if kind is weft.LoRA else set())
+    for _ in range(6):  # safetensors itself writes the header in another order each time
+        weft.save(again, tmp_path / "two")
+        assert (tmp_path / "two" / WEIGHTS).read_bytes() == (tmp_path / "one" / WEIGHTS).read_bytes()
+    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "one")
+    assert torch.allclose(theirs(ids).logits, model(ids).logits, atol=1e-5)
+    weft.save(weft.adapt(llama(), kind(rank=4, targets="q_proj")), tmp_path / "plain")
+    with safe_open(tmp_path / "plain" / WEIGHTS, "pt") as plain, safe_open(tmp_path / "one" / WEIGHTS, "pt") as noted:
+        assert plain.metadata() == {"format": "pt"} and noted.metadata()["format"] == "pt"
+
+
+def test_notes_that_are_damaged_or_new(tmp_path: Path) -> None:
+    weft.save(weft.adapt(llama(), weft.LoRA(rank=2, targets="q_proj")), tmp_path)
+    tensors = load_file(tmp_path / WEIGHTS)
+    for notes in ("{", "[]", '{"train_A": "no"}', '{"lr_ratio": null}'):
+        save_file(tensors, tmp_path / WEIGHTS, {"format": "pt", "weft": notes})
+        with pytest.raises(weft.WeftError, match="no set of hyper-parameters"):
+            weft.load(llama(), tmp_path)
+    save_file(tensors, tmp_path / WEIGHTS, {"format": "pt", "weft": '{"train_A": false, "train_C": 1}'})
+    with pytest.warns(UserWarning, match="does not know: train_C"):
+        model = weft.load(llama(), tmp_path)
+    assert {k.rpartition(".")[2] for k in trainable(model, "default")} == {"B"}
+
+
+@pytest.mark.parametrize("train_A", [True, False])
+def test_with_a_frozen_A_no_input_is_kept_for_the_backward_pass(train_A: bool) -> None:
+    layer = nn.Sequential(nn.Linear(64, 32))
+    model = weft.adapt(layer, weft.LoRA(rank=2, train_A=train_A))
+    jolt(model)
+    x = torch.randn(5, 3, 64)
+    sizes: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
+        y = model(x)
+    parameters = 2 * 64 + 2 * 32  # A and B
+    assert sum(sizes) == parameters + 5 * 3 * 2 + (x.numel() if train_A else 0)  # and xAᵀ
+    adapter = attached(model, "default")["0"]
+    wanted = torch.autograd.grad((low_rank_add_reference(model[0].frozen(x), x, adapter.A, adapter.B, adapter.scale) ** 2).sum(), adapter.B)
+    (y**2).sum().backward()
+    assert torch.allclose(adapter.B.grad, wanted[0], rtol=1e-5, atol=1e-5) and (adapter.A.grad is None) is not train_A
 
 
 def test_misuse_is_told(tmp_path: Path) -> None:

@@ -14,12 +14,12 @@ from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from weft.adapters.attach import attach, attached, build, check_new, device_of, names
 from weft.adapters.card import card
 from weft.adapters.formats import OWN, PREFIX, Format, format_for, format_of, key, unknown
+from weft.adapters.formats.notes import encoded, with_notes
 from weft.adapters.targets import whole
 from weft.core import Adapter, WeftError, base_class, behind, modules, several
 
@@ -75,7 +75,7 @@ def write(model: nn.Module, adapters: Mapping[str, Adapter], folder: str | os.Pa
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
     state = tensors(adapters, format) | format.give(own)
-    data = to_bytes(state, metadata={"format": "pt"})
+    data = encoded(state, method, format.noted)
     readme = target / "README.md"
     existing = readme.read_text("utf-8", "surrogateescape") if readme.is_file() else None
     told = card(method, config, sum(t.numel() for t in state.values()), existing)
@@ -111,7 +111,7 @@ def load(model: Model, folder: str | os.PathLike[str], name: str = "default") ->
         _check_task(config, model)
         format = format_for(config)
         with _opened(path) as file:
-            method = format.told(format.read(config), file.keys())
+            method = with_notes(format.told(format.read(config), file.keys()), file.metadata(), format.noted)
         if given := config.get("modules_to_save"):
             method = replace(method, modules_to_save=tuple(dict.fromkeys(given)))
         with torch.device("meta"):

@@ -16,7 +16,10 @@ def low_rank_add_reference(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: fl
 
 
 class _LowRankAdd(torch.autograd.Function):
-    """Adds in place onto y, which is fresh from the frozen layer and of no other use; keeps S = xAᵀ, rank / in of x's size."""
+    """Adds in place onto y, which is fresh from the frozen layer and of no other use.
+
+    Keeps S = xAᵀ, rank / in of x's size, and x itself only where A is trained.
+    """
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
@@ -24,7 +27,8 @@ class _LowRankAdd(torch.autograd.Function):
         S = x2 @ A.T
         y.view(-1, y.shape[-1]).addmm_(S, B.T, alpha=scale)
         ctx.mark_dirty(y)
-        ctx.save_for_backward(x2, S, A, B)
+        _, _, A_trains, B_trains, _ = ctx.needs_input_grad
+        ctx.save_for_backward(x2 if A_trains else None, S if B_trains else None, A, B)
         ctx.scale, ctx.shape = scale, x.shape
         return y
 

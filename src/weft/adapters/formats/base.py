@@ -29,6 +29,7 @@ class Format:
     take: Callable[[Mapping[str, Adapter], Mapping[str, Tensor]], None] = lambda adapters, tensors: None  # the reverse
     root: str = PREFIX  # what stands before the paths of layers
     told: Callable[[Any, Collection[str]], Method] = lambda method, names: method  # which one is meant, with the tensors' names known too
+    noted: tuple[str, ...] = ()  # hyper-parameters that peft has no field for: they stand in the header of the tensors' file (notes.py)
 
 
 @dataclass(frozen=True)

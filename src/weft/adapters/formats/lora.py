@@ -116,7 +116,8 @@ def _read_lora(config: Mapping[str, Any]) -> LoRA:
     )  # fmt: skip
 
 
+_NOTED = ("train_A", "lr_ratio")
 FORMATS: dict[type[Method], Format] = {
-    LoRA: Format("LORA", _write_lora, _read_lora, FIELDS, lambda config: not config.get("use_dora"), _stored),
-    DoRA: Format("LORA", _write_lora, _read_lora, FIELDS, lambda config: bool(config.get("use_dora"))),
+    LoRA: Format("LORA", _write_lora, _read_lora, FIELDS, lambda config: not config.get("use_dora"), _stored, noted=_NOTED),
+    DoRA: Format("LORA", _write_lora, _read_lora, FIELDS, lambda config: bool(config.get("use_dora")), noted=_NOTED),
 }
