@@ -77,12 +77,12 @@ def checked(config: Mapping[str, Any], fields: Mapping[str, Field], what: str) -
 
 def unknown(config: Mapping[str, Any], fields: Mapping[str, Field]) -> dict[str, Any]:
     """The fields that this version does not know and that say something: those of a newer peft. They are kept, and written back."""
-    return {k: v for k, v in config.items() if fields and k not in fields and v not in (None, False, [], {})}
+    return {k: v for k, v in config.items() if k not in fields and v not in (None, False, [], {})}
 
 
 def own_format(method: type[Method]) -> Format:
     """The form of a method that peft does not have."""
-    return Format(f"{OWN}{method.__name__.upper()}", _write_any, _read_any)
+    return Format(f"{OWN}{method.__name__.upper()}", _write_any, _read_any, COMMON | {"method": Field("the method")})
 
 
 def _write_any(method: Method, model: nn.Module, adapters: Mapping[str, Adapter]) -> dict[str, Any]:
