@@ -54,13 +54,21 @@ def loftq_(model: Model, method: LoRA, base: str = "nf4", *, iterations: int = 1
     return model
 
 
-def alternate(W: Tensor, rank: int, base: str, iterations: int, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """(what to pack, B, A): Qₜ = q(W - Bₜ₋₁Aₜ₋₁), and BₜAₜ the best approximation of W - Qₜ at that rank (algorithm 1)."""
+def alternate(W: Tensor, rank: int, base: str, iterations: int, *, exact: bool = False, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """(what to pack, B, A): Qₜ = q(W - Bₜ₋₁Aₜ₋₁), and BₜAₜ the best approximation of W - Qₜ at that rank (algorithm 1).
+
+    `exact` takes the whole decomposition, which costs more and draws nothing at random: the same again each time.
+    """
     B, A = W.new_zeros(W.shape[0], rank), W.new_zeros(rank, W.shape[1])
     left = W
     for _ in range(iterations):
         left = W - B @ A
-        U, S, V = torch.svd_lowrank(W - roundtrip(left, base, **options), q=min(2 * rank, *W.shape), niter=4)
+        lost = W - roundtrip(left, base, **options)
+        if exact:
+            U, S, Vh = torch.linalg.svd(lost, full_matrices=False)
+        else:
+            U, S, V = torch.svd_lowrank(lost, q=min(2 * rank, *W.shape), niter=4)
+            Vh = V.T
         root = S[:rank].sqrt()
-        B, A = U[:, :rank] * root, root[:, None] * V[:, :rank].T
+        B, A = U[:, :rank] * root, root[:, None] * Vh[:rank]
     return left, B, A

@@ -15,12 +15,15 @@ from weft.compat.peft import (
     configs,
     configs_lora,
     defaults,
+    eva,
     families,
     helpers,
     hotswap,
+    incremental_pca,
     kinds,
     layers,
     layers_lora,
+    loftq,
     mapping,
     mixed,
     model,
@@ -52,13 +55,14 @@ from weft.compat.peft.configs import (
 )
 from weft.compat.peft.configs_lora import AdaLoraConfig, ArrowConfig, EvaConfig, LoftQConfig, LoraConfig, LoraGAConfig, LoraRuntimeConfig
 from weft.compat.peft.conversion import convert_to_lora, save_as_lora
+from weft.compat.peft.eva import get_eva_state_dict, initialize_lora_eva_weights
 from weft.compat.peft.helpers import (
     cast_mixed_precision_params,
     prepare_model_for_kbit_training,
-    replace_lora_weights_loftq,
     shift_tokens_right,
 )
 from weft.compat.peft.kinds import NoMatchingPeftModuleError, PeftError, PeftType, PeftWarning, TaskType
+from weft.compat.peft.loftq import replace_lora_weights_loftq
 from weft.compat.peft.mapping import get_peft_model, inject_adapter_in_model
 from weft.compat.peft.mixed import COMPATIBLE, PeftMixedModel
 from weft.compat.peft.model import PeftModel

@@ -12,10 +12,9 @@ _METHODS = [
 _OTHERS = [
     "BdLoraConfig", "CartridgeConfig", "CPTConfig", "KasaConfig", "MontecloraConfig", "MultitaskPromptTuningConfig",
     "VeloraConfig", "CartridgeEncoder", "CPTEmbedding", "MultitaskPromptTuningInit", "PrefixEncoder", "PromptEmbedding",
-    "PromptEncoder", "bloom_model_postprocess_past_key_value", "compose_cartridge_adapters", "convert_to_lora",
-    "create_arrow_model", "find_kappa_target_modules", "get_eva_state_dict", "initialize_kv_prefix_from_past_key_values",
-    "initialize_kv_prefix_from_text", "initialize_lora_eva_weights", "preprocess_loraga", "prompt_embeddings_from_past_key_values",
-   
+    "PromptEncoder", "bloom_model_postprocess_past_key_value", "compose_cartridge_adapters",
+    "create_arrow_model", "find_kappa_target_modules", "initialize_kv_prefix_from_past_key_values",
+    "initialize_kv_prefix_from_text", "preprocess_loraga", "prompt_embeddings_from_past_key_values",
 ]  # fmt: skip
 NAMES = frozenset([f"{m}{end}" for m in _METHODS for end in ("Config", "Model")] + _OTHERS)
 TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING: dict[str, Any] = {}  # no model of today needs one

@@ -122,14 +122,6 @@ def _like(model: Any, name: str, source: Any) -> None:
     setattr(model, name, kept.__get__(model, type(model)))
 
 
-def replace_lora_weights_loftq(*args: Any, **kwargs: Any) -> None:
-    """Needs bitsandbytes layers, which this face does not read."""
-    raise ValueError(
-        "replace_lora_weights_loftq works on bitsandbytes layers. "
-        "weft.load_base(..., base='nf4') with weft.LoRA(init='loftq') does the same."
-    )
-
-
 def transpose(weight: Tensor, fan_in_fan_out: bool) -> Tensor:
     """A weight as (out, in), however it lies."""
     return weight.T if fan_in_fan_out else weight
@@ -147,5 +139,3 @@ def _freeze_adapter(model: nn.Module, adapter_name: str) -> None:
 def find_parameter_name_by_module(model: nn.Module, reference_module: nn.Module) -> str:
     """The path of a module in a model; '' if it is not in it."""
     return next((n for n, m in model.named_modules() if m is reference_module), "")
-
-

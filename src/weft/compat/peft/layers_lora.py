@@ -166,6 +166,21 @@ def restart(adapter: Any, how: bool | str) -> None:
             nn.init.zeros_(B)
 
 
+def resize(front: BaseTunerLayer, name: str, rank: int, alpha: float, config: Any) -> Any:
+    """Give one layer's factors another rank and alpha: new tensors, as after a load without memory, unless they fit. The adapter."""
+    adapter: Any = front.slot[name]
+    adapter.scale = alpha / (sqrt(rank) if config.use_rslora else rank)
+    base: Any = front.get_base_layer()
+    place = base.weight.device
+    for key, dim in (("A", 0), ("B", 1)):
+        old = adapter._parameters[key]
+        if old.is_meta or old.shape[dim] != rank:
+            shape = [rank if i == dim else size for i, size in enumerate(old.shape)]
+            adapter._parameters[key] = nn.Parameter(torch.zeros(shape, dtype=old.dtype, device=place), requires_grad=old.requires_grad)
+    front.add(name, adapter, config)
+    return adapter
+
+
 def dispatch(base: Any) -> type[LoraLayer]:
     """The front for a layer."""
     if isinstance(base, nn.Embedding):
@@ -186,5 +201,3 @@ def mend_fan_in_fan_out(config: Any, base: Any, conv1d: bool) -> None:
             "fan_in_fan_out is set to True but the target module is `torch.nn.Linear`. Setting fan_in_fan_out to False.", stacklevel=4
         )
         config.fan_in_fan_out = False
-
-

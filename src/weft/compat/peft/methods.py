@@ -6,6 +6,7 @@ from dataclasses import fields, replace
 from typing import Any
 
 from weft.adapters.formats import format_for
+from weft.compat.peft import starts
 from weft.compat.peft.kinds import as_value_error
 from weft.core import Method, WeftError
 from weft.methods import LoRA
@@ -14,9 +15,6 @@ from weft.methods import LoRA
 _CHOSEN_HERE: dict[str, Any] = {
     "exclude_modules": None, "modules_to_save": None, "layers_to_transform": None, "layers_pattern": None, "bias": "none",
 }  # fmt: skip
-
-
-_PLAIN = ("gaussian", "orthogonal")  # ways to begin after which A and B alone are the whole adapter
 
 
 def method_of(config: Any, targets: list[str]) -> Method:
@@ -37,11 +35,7 @@ def method_of(config: Any, targets: list[str]) -> Method:
         method = format_for(values).read(values | ({"init_lora_weights": True} if "init_lora_weights" in values else {}))
         start = getattr(config, "init_lora_weights", True)
         if isinstance(method, LoRA) and isinstance(start, str):
-            if start not in _PLAIN:
-                raise ValueError(
-                    f"Unknown initialization init_lora_weights={start!r}: here there are True, False, {', '.join(map(repr, _PLAIN))}"
-                )
-            method = replace(method, init=start)
+            method = replace(method, init=start.lower()) if start.lower() in starts.PLAIN else method
     return method
 
 

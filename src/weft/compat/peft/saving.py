@@ -16,6 +16,7 @@ from torch import nn
 from weft.adapters.files import write_atomically
 from weft.compat.peft.config import PEFT_TYPE_TO_CONFIG_MAPPING, VERSION, PeftConfig
 from weft.compat.peft.kinds import PeftType
+from weft.compat.peft.starts import as_plain
 from weft.compat.peft.state import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, get_peft_model_state_dict
 from weft.compat.peft.tuner import shown_name
 from weft.core import base_class
@@ -35,11 +36,14 @@ class Saving:
         selected_adapters: list[str] | None = None,
         save_embedding_layers: str | bool = "auto",
         is_main_process: bool = True,
-        path_initial_model_for_weight_conversion: str | None = None,
+        path_initial_model_for_weight_conversion: str | os.PathLike[str] | None = None,
         **kwargs: Any,
     ) -> None:
         """Write the adapters: the one called "default" into the folder, any other into a folder of its name inside; a card beside them.
 
+        Args:
+            path_initial_model_for_weight_conversion: Where the adapter was saved before training. What is written is then a LoRA of twice
+                the rank for the base as it was before PiSSA or OLoRA took their start out of it.
         Raises ValueError for a path that is a file, and for adapters that are not there.
         """
         folder = Path(save_directory)
@@ -51,20 +55,17 @@ class Saving:
             raise ValueError(
                 f"You passed an invalid `selected_adapters` arguments, current supported adapter names are {have} - got {chosen}."
             )
-        if path_initial_model_for_weight_conversion is not None:
-            warnings.warn(
-                "weft leaves the base untouched whatever the adapter started from, so what is saved is an ordinary adapter for it "
-                "already: `path_initial_model_for_weight_conversion` is not needed.",
-                stacklevel=2,
-            )
         if is_main_process:
             folder.mkdir(parents=True, exist_ok=True)
             self.create_or_update_model_card(folder)
         for name in chosen:
             self._save_one(name, folder if name == "default" else folder / name, safe_serialization, save_embedding_layers,
-                           is_main_process, kwargs.get("state_dict"))  # fmt: skip
+                           is_main_process, kwargs.get("state_dict"), path_initial_model_for_weight_conversion)  # fmt: skip
 
-    def _save_one(self, name: str, folder: Path, safe: bool, embeddings: str | bool, main: bool, state: Mapping[str, Any] | None) -> None:
+    def _save_one(
+        self, name: str, folder: Path, safe: bool, embeddings: str | bool, main: bool, state: Mapping[str, Any] | None,
+        initial: str | os.PathLike[str] | None = None,
+    ) -> None:  # fmt: skip
         me: Any = self
         config = self.peft_config[name]
         tensors = get_peft_model_state_dict(me, state_dict=state, adapter_name=name, save_embedding_layers=embeddings)
@@ -72,6 +73,9 @@ class Saving:
             tensors |= me.prompt_network(name)
         if not main:
             return
+        before = config.inference_mode
+        if initial is not None:
+            config, tensors = as_plain(config, tensors, initial)
         folder.mkdir(parents=True, exist_ok=True)
         if safe:
             apart = {k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in tensors.items()}
@@ -84,7 +88,7 @@ class Saving:
         mapping = None
         if config.task_type is None:
             mapping = {"base_model_class": shown_name(model), "parent_library": base_class(model).__module__}
-        before, config.inference_mode = config.inference_mode, True
+        config.inference_mode = True
         try:
             config.save_pretrained(folder, auto_mapping_dict=mapping)
         finally:

@@ -11,17 +11,19 @@ import torch
 from torch import Tensor, nn
 
 from weft.adapters.attach import device_of
+from weft.compat.peft import starts
 from weft.compat.peft.config import PeftConfig
 from weft.compat.peft.defaults import IA3_FEEDFORWARD, TARGETS
 from weft.compat.peft.families import LAYERS, front_class
 from weft.compat.peft.kinds import PeftType, as_value_error
 from weft.compat.peft.layers import BaseTunerLayer, cast_adapter, fronts
-from weft.compat.peft.layers_lora import mend_fan_in_fan_out, restart
+from weft.compat.peft.layers_lora import mend_fan_in_fan_out
 from weft.compat.peft.methods import method_of
 from weft.compat.peft.switching import delete_adapter, enable, set_adapter, set_requires_grad
 from weft.compat.peft.targets import ExcludedModule, check_found, check_target_module_exists, include_all_linear
 from weft.compat.peft.wrappers import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, base_modules, wrap_whole
 from weft.core import Adapter, Front, base_class, behind, is_conv1d, open_site
+from weft.methods import LoRA
 
 DUMMY_MODEL_CONFIG = {"model_type": "custom"}
 
@@ -162,11 +164,12 @@ class BaseTuner(Front):
             if isinstance(everything.get(path.rpartition(".")[0]), nn.MultiheadAttention):
                 raise ValueError(f"{path} is inside nn.MultiheadAttention, which never calls it: an adapter there would do nothing")
         method = method_of(config, targeted)
+        if isinstance(method, LoRA):
+            for path in targeted:
+                starts.check(config, path, everything[path], method.scaled(path)[0])
         for path in targeted:
             if not method.accepts(everything[path]):
-                raise ValueError(
-                    f"Target module {everything[path]} is not supported. {type(method).__name__} can adapt {method.site}."
-                )
+                raise ValueError(f"Target module {everything[path]} is not supported. {type(method).__name__} can adapt {method.site}.")
         with as_value_error(), torch.device("meta" if low_cpu_mem_usage else "cpu"):
             built = method.build_all({p: cast(Any, everything[p]) for p in targeted})
         first = not fronts(model)
@@ -193,14 +196,7 @@ class BaseTuner(Front):
             place = device_of(module)
             if place.type not in ("cpu", "meta"):
                 adapter.to(place)
-            if getattr(config, "init_lora_weights", True) is False and self.KIND == PeftType.LORA and hasattr(adapter, "A"):
-                restart(adapter, False)
-                if "m" in adapter._parameters:  # DoRA's magnitude begins as the norm of what the layer computes
-                    made: Any = adapter
-                    with torch.no_grad():
-                        made.m.copy_(made.norm(site).view_as(made.m))
-            elif getattr(config, "init_weights", getattr(config, "init_ia3_weights", True)) is False:
-                _randomise(adapter)
+        starts.begin(config, site, adapter)
         parent, _, last = path.rpartition(".")
         above = _seen(model, parent)
         here = cast(nn.Module, above._modules[last])
@@ -360,14 +356,6 @@ def _seen(model: nn.Module, path: str) -> nn.Module:
     for part in path.split(".") if path else ():
         at = behind(cast(nn.Module, at._modules[part]))
     return at
-
-
-def _randomise(adapter: Adapter) -> None:
-    """For `init_weights=False`: no adapter of this kind may start as the identity."""
-    with torch.no_grad():
-        for p in adapter.parameters():
-            if p.requires_grad:
-                p.add_(torch.randn_like(p) * (0.1 if not p.any() or p.eq(p.flatten()[0]).all() else 0.0))
 
 
 def _untied(model: Any) -> None:
