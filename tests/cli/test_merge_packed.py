@@ -11,7 +11,8 @@ import torch
 
 import weft
 from tests.cli.conftest import Ran, World, snapshot
-from weft.quant import is_quantised
+from weft.core import sites
+from weft.quant import dense, is_quantised
 
 Run = Callable[..., Ran]
 IDS = torch.arange(5, 14)[None]
@@ -53,10 +54,36 @@ def test_into_four_bits(world: World, run: Run, tmp_path: Path) -> None:
     assert run("merge", "--model", tmp_path / "packed", "--adapter", world.a, "--onto", "trained", "-o", tmp_path / "again").code == 0
 
 
+@pytest.mark.parametrize("onto", ["source", "trained"])
+def test_rounding_by_chance(onto: str, world: World, run: Run, tmp_path: Path) -> None:
+    """The mean is kept, so what is trained may be packed again; what is printed is what is written."""
+    words = ["merge", "--model", world.base, "--adapter", world.a, "--base", "nf4", "--onto", onto, "--device", "cpu", "--dtype", "fp32"]
+    kept = {}
+    for name, more in (("a", []), ("again", ["--seed", 0]), ("other", ["--seed", 5])):
+        ran = run(*words, "--into", "nf4", "--rounding", "stochastic", *more, "-o", tmp_path / name)
+        assert ran.code == 0, ran.err
+        kept[name] = [float(k) for k in re.findall(r"│ \S+proj\s+│ +[\d.]+ │ +([\d.]+) │", ran.out)]
+        assert len(kept[name]) == 14 and abs(sum(kept[name]) / 14 - 1) < 0.15
+    weights = {name: (tmp_path / name / "model.safetensors").read_bytes() for name in kept}
+    assert weights["a"] == weights["again"] != weights["other"] and kept["a"] == kept["again"] != kept["other"]
+
+    before = weft.load_base(world.base, "fp32" if onto == "source" else "nf4", "cpu")
+    merged, after = weft.load(before, world.a), weft.load_base(tmp_path / "other", device="cpu")
+    own = {path: dense(site).float() for path, site in sites(merged).items()}
+    weft.merge(merged, keep=False)
+    for (path, W), said in zip(own.items(), kept["other"], strict=True):
+        change = dense(merged.get_submodule(path)).float() - W
+        written = after.get_submodule(path).unpacked(dtype=torch.float32) - W
+        assert float((written * change).sum() / change.square().sum()) == pytest.approx(said, abs=2e-3)
+
+
 @pytest.mark.parametrize(
     ("more", "says"),
-    [(["--base", "nf4", "--onto", "trained", "--into", "nf4"], "1.5%"), (["--into", "bf16"], "no packed format"),
-     (["--onto", "trained"], "trained on a plain base")],
+    [(["--base", "nf4", "--onto", "trained", "--into", "nf4"], "--rounding stochastic"), (["--into", "bf16"], "no packed format"),
+     (["--onto", "trained"], "trained on a plain base"), (["--rounding", "stochastic"], "--into nf4"),
+     (["--into", "nf4", "--seed", 3], "--seed is for --rounding stochastic"), (["--into", "nf5"], "not one of"),
+     (["--into", "mxfp4"], "not one of"), (["--into", "nf4:block=48"], "block=48 is no block size"),
+     (["--into", "nf4:quant_scale=mse", "--rounding", "stochastic"], "wants absmax")],
 )  # fmt: skip
 def test_what_is_refused(more: list[str], says: str, world: World, run: Run, tmp_path: Path) -> None:
     ran = run("merge", "--model", world.base, "--adapter", world.a, "-o", tmp_path / "out", *more)

@@ -21,7 +21,7 @@ W = torch.randn(4, 64)
         ("nf4", dict(block=48), "block=48 is no block size of nf4: choose one of 32, 64, 128, 256, 512, 1024, 2048, 4096"),
         ("nf4", dict(blok=64, nest=True), "nf4 has no option 'blok'; did you mean 'block'?\nnf4 has no option 'nest'"),
         ("fp4", dict(quant_scale="best", nested=2), "nested=2 is neither True nor False\nquant_scale='best' is neither 'absmax' nor 'mse'"),
-        ("int8", dict(block=64), "int8 has no option 'block'; it has none"),
+        ("int8", dict(block=64), "int8 has no option 'block'; it has rounding, seed"),
         ("mxfp4", {}, "weft reads mxfp4 but does not write it: choose one of nf4, fp4, int8, fp8, fp8-block"),
     ],
 )  # fmt: skip

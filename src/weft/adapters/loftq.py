@@ -31,6 +31,8 @@ def loftq_(model: Model, method: LoRA, base: str = "nf4", *, iterations: int = 1
     """
     if type(method) is not LoRA or method.init != "kaiming" or iterations < 1:
         raise WeftError("loftq_ takes a weft.LoRA with its usual init, and at least one iteration")
+    if options.get("rounding", "nearest") != "nearest":
+        raise WeftError("loftq_ makes up for what packing loses, and rounding by chance loses something else each time: leave rounding out")
     found = cast("dict[str, Any]", find(model, method))
     wrong = [f"{p} is no linear layer" for p, m in found.items() if not is_linear(m)]
     wrong += [f"{p} is packed already: load the model in 16 bits" for p, m in found.items() if is_quantised(m)]

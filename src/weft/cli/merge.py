@@ -8,6 +8,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
                         help="for an adapter of a 4- or 8-bit base. source: fold it into the 16-bit model that the base was packed from; "
                         "trained: into the numbers that it was trained on (default: source)")  # fmt: skip
     parser.add_argument("--into", metavar="B", default=None,
-                        help="write the merged model packed, as weft quantize does: nf4, fp4 (left out: 16 or 32 bits)")  # fmt: skip
+                        help="write the merged model packed: nf4, fp4, int8, fp8, with options as for --base (left out: 16 or 32 bits)")  # fmt: skip
+    parser.add_argument("--rounding", choices=("nearest", "stochastic"), default=None,
+                        help="with --into. stochastic: to one of the two neighbouring levels by chance, right in the mean; each "
+                        "weight is further off (default: nearest)")  # fmt: skip
+    parser.add_argument("--seed", type=int, metavar="N", default=None, help="of the draws of --rounding stochastic (default: 0)")
     parser.add_argument("--overwrite", action="store_true", help="replace a model's folder that OUT names")
     parser.add_argument("--untie", action="store_true", help="merge into a weight that two layers share by giving each its own")
 
@@ -45,14 +50,17 @@ def run(args: argparse.Namespace) -> int:
         import weft.adapters
         from weft.cli.quantize import write
         from weft.core import WeftError
-        from weft.models import BASES, parse_base
-        from weft.quant import quantise_
+        from weft.models import BASES
+        from weft.quant import Quantised, quantise_
 
     trained = _trained_in(base, adapter.folder, args.base)
-    into = parse_base(args.into) if args.into else None
+    into = _packing(args)
     _check_formats(base, trained, into, args)
     working, wanted = _formats(base, args, trained)
     model, tokenizer = load(base, [adapter], trained if trained and args.onto == "trained" else working, args.device)
+    for layer in model.modules():
+        if isinstance(layer, Quantised):  # it becomes numbers that are not rounded to less than what is written
+            layer.dtype = torch.promote_types(layer.dtype, BASES[wanted])
     with step("asking the adapter"):
         ids = probe(tokenizer, model)
         before = logits(model, ids)
@@ -114,9 +122,26 @@ def _packed_file(base: str) -> bool:
         return False  # loading it will tell what is wrong with it
 
 
-def _check_formats(base: str, trained: str | None, into: tuple[str, Any] | None, args: argparse.Namespace) -> None:
-    from weft.quant import FORMATS
+def _packing(args: argparse.Namespace) -> tuple[str, dict[str, Any]] | None:
+    """The packed format to write and its options, None without --into."""
+    from weft.models import parse_base
+    from weft.quant import FORMATS, format_of
 
+    given = {k: v for k in ("rounding", "seed") if (v := getattr(args, k)) is not None}
+    if args.into is None:
+        if given:
+            raise UsageError(f"--{next(iter(given))} is about packing: name the format to write by --into nf4, or leave it out")
+        return None
+    kind, options = parse_base(args.into)
+    if kind not in FORMATS:
+        raise UsageError(f"--into {args.into} is no packed format: write --dtype {args.into} for a plain model, or --into nf4")
+    options = format_of(kind).checked(**options | given)
+    if "seed" in given and options["rounding"] == "nearest":
+        raise UsageError("--seed is for --rounding stochastic: rounding to the nearest level draws nothing")
+    return kind, options
+
+
+def _check_formats(base: str, trained: str | None, into: tuple[str, Any] | None, args: argparse.Namespace) -> None:
     if args.onto == "trained" and trained is None:
         raise UsageError("--onto trained: this adapter was trained on a plain base; leave it out, or name the packed one by --base nf4")
     if args.onto == "source" and _packed_file(base):
@@ -124,12 +149,11 @@ def _check_formats(base: str, trained: str | None, into: tuple[str, Any] | None,
             f"{base} is packed, so the 16-bit weights that it was made from are not in it: give them by --model, or merge into the numbers "
             "that the adapter was trained on by --onto trained"
         )
-    if into is not None and into[0] not in FORMATS:
-        raise UsageError(f"--into {args.into} is no packed format: write --dtype {args.into} for a plain model, or --into nf4")
-    if into is not None and args.onto == "trained":
+    if into is not None and args.onto == "trained" and into[1]["rounding"] == "nearest":
         raise UsageError(
             "--into with --onto trained would unpack, add and pack again, and rounding takes nearly all of a usual adapter away (it keeps "
-            "1.5% of one of 1% of the weights' size). Merge into the 16-bit source (--onto source), or write 16 bits (without --into)"
+            "1.5% of one of 1% of the weights' size). Merge into the 16-bit source (--onto source), write 16 bits (without --into), or "
+            "round by chance (--rounding stochastic), which keeps the adapter in the mean"
         )
 
 
@@ -137,7 +161,8 @@ def changes(model: Any, dtype: Any, trained: str | None, into: tuple[str, Any] |
     """For each adapted weight, before merging: its path, ‖BA‖ / ‖W‖, the kept fraction, and |W16 - W4| / |W16| where W4 was trained on.
 
     BA stands for the change that the adapter makes, whatever its method. The kept fraction is that of the change which is still there in
-    what is written: ⟨written - W, BA⟩ / ⟨BA, BA⟩; for a packed one W is packed too, since its own error is no change.
+    what is written: ⟨written - W, BA⟩ / ⟨BA, BA⟩; for one packed to the nearest level W is packed too, since its own error is no change.
+    One rounded by chance is what will be written, to the bit, and has no such error in the mean.
     """
     import torch
 
@@ -160,8 +185,8 @@ def changes(model: Any, dtype: Any, trained: str | None, into: tuple[str, Any] |
             if into is None:
                 left = value.to(dtype).float() - own
             else:
-                packed = [roundtrip(w.to(dtype), into[0], **into[1]).float() for w in (value, own)]
-                left = packed[0] - packed[1]
+                packed = partial(roundtrip, base=into[0], name=f"{path}.weight", **into[1])
+                left = packed(value.to(dtype)).float() - (packed(own.to(dtype)).float() if into[1]["rounding"] == "nearest" else own)
             size = own.norm().clamp(min=1e-30)
             kept = (left * change).sum() / change.square().sum().clamp(min=1e-30)
             off = None

@@ -63,7 +63,7 @@ def quantise_(
     Embeddings, norms, the output head and what is tied to either stay as they are.
 
     Args:
-        base: One of `FORMATS` that can be written. options: Those of the format (nf4: block, nested, quant_scale).
+        base: One of `FORMATS` that can be written. options: Those of the format (nf4: block, nested, quant_scale; all: rounding, seed).
         skip: Layers to leave alone: a path, the end of one, or a glob.
         progress: Called with the path of each layer before it is packed.
     Raises:
@@ -147,7 +147,7 @@ def install(
 
 
 def roundtrip(weight: Tensor, base: str, **options: Any) -> Tensor:
-    """What a weight is after quantisation: Ŵ of the same shape, dtype and device. Raises WeftError as `Format.pack`."""
+    """What a weight is after quantisation: Ŵ of the same shape, dtype and device. Options and errors are those of `Format.pack`."""
     form = format_of(base)
     return form.unpack(form.pack(weight, **options), weight.shape, weight.dtype)
 

@@ -10,18 +10,19 @@ from torch.nn import functional as F
 
 from weft.core import WeftError
 from weft.kernels.eight_bit import TILE, dequantise_8bit
-from weft.quant.formats import Format, Packed
+from weft.quant.formats import ROUNDING, Draw, Format, Packed
 
 
 class EightBit(Format):
     """What they share: "weight" has the shape of the weight, "scale" is fp32, and w = q · scale."""
 
     beside = ("scale",)
+    defaults: ClassVar[dict[str, Any]] = ROUNDING
     stored: ClassVar[torch.dtype]
     largest: ClassVar[float]  # the largest number that a byte can be
     tiled: ClassVar[bool] = False
 
-    def _pack(self, weight: Tensor, **options: Any) -> dict[str, Tensor]:
+    def _pack(self, weight: Tensor, draw: Draw | None, **options: Any) -> dict[str, Tensor]:
         if weight.dim() < 2:
             raise WeftError(f"{self.name} has a scale for each row, and a weight of shape {tuple(weight.shape)} has no rows")
         w = weight.float()
@@ -30,7 +31,21 @@ class EightBit(Format):
         if self.tiled:
             full = scale.repeat_interleave(TILE, -2)[..., : w.shape[-2], :].repeat_interleave(TILE, -1)[..., : w.shape[-1]]
         q = torch.where(full > 0, w / full, 0.0).clamp_(-self.largest, self.largest)
-        return {"weight": q.round_().to(self.stored) if self.stored is torch.int8 else q.to(self.stored), "scale": scale}
+        return {"weight": (self.nearest(q) if draw is None else self.either(q, draw)).to(self.stored), "scale": scale}
+
+    def nearest(self, q: Tensor) -> Tensor:
+        """Numbers in ±`largest` to what the bytes can be, which casting may still have to do."""
+        return q
+
+    def either(self, q: Tensor, draw: Draw) -> Tensor:
+        """To one of the two neighbours, so that the mean is q."""
+        step = self.step(q)
+        low = (q / step).floor_()
+        return (low + (draw(q) < q / step - low)) * step
+
+    def step(self, q: Tensor) -> Tensor | float:
+        """How far apart the levels on both sides of each number are."""
+        return 1.0
 
     def unpack(self, tensors: Packed, shape: tuple[int, ...], dtype: torch.dtype, out: Tensor | None = None, again: bool = False) -> Tensor:
         return dequantise_8bit(tensors["weight"], tensors["scale"], tuple(shape), dtype, out, again)
@@ -48,12 +63,19 @@ class Int8(EightBit):
     name: ClassVar[str] = "int8"
     stored, largest = torch.int8, 127.0
 
+    def nearest(self, q: Tensor) -> Tensor:
+        return q.round_()
+
 
 class FP8(EightBit):
     """8-bit floats (e4m3, at most 448) with a scale for each row."""
 
     name: ClassVar[str] = "fp8"
     stored, largest = torch.float8_e4m3fn, 448.0
+
+    def step(self, q: Tensor) -> Tensor:
+        exponent = torch.frexp(q).exponent  # 2^(exponent - 1) ≤ |q|; three bits of mantissa, and below 2^-6 the steps stay as they are
+        return torch.ldexp(torch.ones_like(q), (exponent - 4).clamp_(min=-9))
 
 
 class FP8Block(FP8):

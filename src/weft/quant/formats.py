@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 from typing import Any, ClassVar
 
@@ -13,6 +14,8 @@ from torch import Tensor
 from weft.core import WeftError
 
 Packed = Mapping[str, Tensor]  # "weight" and what belongs to it: "absmax", "scale", ...
+Draw = Callable[[Tensor], Tensor]  # fresh uniform numbers in [0, 1) of a tensor's shape, fp32, on its device
+ROUNDING = {"rounding": "nearest", "seed": 0}  # options of every format that can be written
 
 FORMATS: dict[str, Format] = {}  # every format by its name
 
@@ -37,7 +40,10 @@ class Format(ABC):
         """The tensors that stand for a floating-point weight of any shape, on its own device.
 
         Args:
-            weight: Any floating dtype. name: What to call it in an error. options: Those in `defaults`.
+            weight: Any floating dtype. name: What to call it in an error. options: Those in `defaults`; of every format
+                rounding: "nearest", or "stochastic": up or down to one of the two neighbouring levels with chances such that the mean is
+                    the weight itself, E[Ŵ] = W. A single Ŵ is further from W than the nearest.
+                seed: A whole number. With the weight's name, and on one kind of device, it decides every draw.
         Raises:
             WeftError: an option that there is not, a weight that is no floating-point tensor or holds NaN or Inf, a format only read.
         """
@@ -51,8 +57,11 @@ class Format(ABC):
         if not weight.is_meta and not torch.isfinite(weight.detach().abs().amax()):
             bad = int((~torch.isfinite(weight)).sum())
             raise WeftError(f"{name} holds {bad} values that are NaN or infinite (of {weight.numel()}): the checkpoint is damaged")
+        seed, draw = options.pop("seed"), None
+        if options.pop("rounding") == "stochastic" and not weight.is_meta:
+            draw = _draws(seed, name, weight.device)
         with torch.no_grad():
-            return self._pack(weight.detach(), **options)
+            return self._pack(weight.detach(), draw, **options)
 
     def checked(self, **options: Any) -> dict[str, Any]:
         """All options with their defaults filled in. Raises WeftError for one that the format does not have, or a wrong value."""
@@ -70,10 +79,17 @@ class Format(ABC):
 
     def _wrong(self, options: dict[str, Any]) -> list[str]:
         """What is wrong with the options' values."""
-        return []
+        wrong = []
+        if options.get("rounding", "nearest") not in ("nearest", "stochastic"):
+            wrong.append(f"rounding={options['rounding']!r} is neither 'nearest' nor 'stochastic'")
+        seed = options.get("seed", 0)
+        if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
+            wrong.append(f"seed={seed!r} is no whole number of at least 0")
+        return wrong
 
     @abstractmethod
-    def _pack(self, weight: Tensor, **options: Any) -> dict[str, Tensor]: ...
+    def _pack(self, weight: Tensor, draw: Draw | None, **options: Any) -> dict[str, Tensor]:
+        """`pack`; rounding to the nearest level if there is nothing to draw from."""
 
     @abstractmethod
     def unpack(self, tensors: Packed, shape: tuple[int, ...], dtype: torch.dtype, out: Tensor | None = None, again: bool = False) -> Tensor:
@@ -82,6 +98,13 @@ class Format(ABC):
     def part(self, tensors: Packed, shape: tuple[int, ...], index: int) -> dict[str, Tensor] | None:
         """The tensors of weight[index], without unpacking the rest; None where a block straddles the border."""
         return None
+
+
+def _draws(seed: int, name: str, device: torch.device) -> Draw:
+    """Every weight has a stream of its own, whatever was packed before it: equal draws for two layers would err alike in both."""
+    start = int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:7], "big")
+    generator = torch.Generator(device).manual_seed(start)
+    return lambda t: torch.rand(t.shape, generator=generator, device=device)
 
 
 def writable() -> list[str]:

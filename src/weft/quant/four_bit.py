@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from weft.kernels.four_bit import NESTED, NF4, TABLES, block_size, dequantise_4bit, dynamic, scales, table
-from weft.quant.formats import Format, Packed
+from weft.quant.formats import ROUNDING, Draw, Format, Packed
 
 BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 SEARCH = tuple(0.8 + 0.02 * i for i in range(21))  # scales tried by quant_scale="mse", in units of absmax
@@ -34,23 +34,38 @@ def _borders(kind: str, device: torch.device) -> Tensor:
         return ((levels[1:] + levels[:-1]) / 2).to(device)
 
 
-def codes(x: Tensor, scale: Tensor, kind: str) -> Tensor:
-    """(blocks, block) fp32 weights and (blocks, 1) scales to (blocks, block) codes 0..15, uint8."""
+def codes(x: Tensor, scale: Tensor, kind: str, draw: Draw | None = None) -> Tensor:
+    """(blocks, block) fp32 weights and (blocks, 1) scales to (blocks, block) codes 0..15, uint8.
+
+    draw: choose between the two neighbouring levels by chance, so that the mean is the weight.
+    """
     normal = x * (1 / scale)  # NaN in a block of zeros, which is above no border
+    size = torch.where(normal.isnan(), -1.0, normal) if kind == "nf4" else torch.where(normal.isnan(), 0.0, normal.abs())
+    if draw is None:
+        place = torch.bucketize(size, _borders(kind, x.device), out_int32=True)
+    else:
+        levels = table(kind, x.device)
+        levels = levels if kind == "nf4" else levels[list(_FP4_CODES)]
+        place = (torch.bucketize(size, levels, out_int32=True, right=True) - 1).clamp_(0, len(levels) - 2)
+        low, high = levels[place], levels[place + 1]
+        place += draw(size) < (size - low) / (high - low)
     if kind == "nf4":
-        return torch.bucketize(torch.where(normal.isnan(), -1.0, normal), _borders(kind, x.device), out_int32=True).to(torch.uint8)
-    size = torch.bucketize(torch.where(normal.isnan(), 0.0, normal.abs()), _borders(kind, x.device), out_int32=True)
-    code = torch.tensor(_FP4_CODES, dtype=torch.uint8, device=x.device)[size]
+        return place.to(torch.uint8)
+    code = torch.tensor(_FP4_CODES, dtype=torch.uint8, device=x.device)[place]
     return code | ((normal < 0).to(torch.uint8) << 3)
 
 
-def nest(absmax: Tensor) -> dict[str, Tensor]:
-    """Double quantisation: (blocks,) fp32 scales to a byte each, with an offset (their mean) and a second scale for every 256."""
+def nest(absmax: Tensor, up: bool = False) -> dict[str, Tensor]:
+    """Double quantisation: (blocks,) fp32 scales to a byte each, with an offset (their mean) and a second scale for every 256.
+
+    up: each to the next larger scale, so that no weight lies beyond the outermost levels.
+    """
     offset = absmax.mean()
     rest = F.pad(absmax - offset, (0, -len(absmax) % NESTED)).view(-1, NESTED)
     second = rest.abs().amax(1)
     normal = (rest * (1 / second)[:, None]).masked_fill(second[:, None] == 0, 0.0)
-    code = torch.bucketize(normal, _borders("dynamic", absmax.device), out_int32=True).to(torch.uint8)
+    borders = dynamic(absmax.device)[:-1] if up else _borders("dynamic", absmax.device)
+    code = torch.bucketize(normal, borders, out_int32=True).to(torch.uint8)
     return {"absmax": code.view(-1)[: len(absmax)].clone(), "nested_absmax": second, "nested_offset": offset}
 
 
@@ -62,33 +77,39 @@ class FourBit(Format):
         nested: Double quantisation: the scales are bytes themselves. At a block of 64: 4.127 bits a weight instead of 4.5.
         quant_scale: "absmax", byte for byte bitsandbytes' own, or "mse": the scale of each block that leaves the least squared error of 21
             between 0.8 and 1.2 of it. The file is of the same form.
+        rounding, seed: See `Format.pack`. Stochastic rounding takes absmax, and with double quantisation the next larger scale.
     """
 
     beside = ("absmax", "nested_absmax", "nested_offset")
-    defaults: ClassVar[dict[str, Any]] = {"block": 64, "nested": True, "quant_scale": "absmax"}
+    defaults: ClassVar[dict[str, Any]] = {"block": 64, "nested": True, "quant_scale": "absmax", **ROUNDING}
 
     def _wrong(self, options: dict[str, Any]) -> list[str]:
-        wrong = []
+        wrong = super()._wrong(options)
         if options["block"] not in BLOCKS or isinstance(options["block"], bool):
             wrong.append(f"block={options['block']!r} is no block size of {self.name}: choose one of {', '.join(map(str, BLOCKS))}")
         if not isinstance(options["nested"], bool):
             wrong.append(f"nested={options['nested']!r} is neither True nor False")
         if options["quant_scale"] not in ("absmax", "mse"):
             wrong.append(f"quant_scale={options['quant_scale']!r} is neither 'absmax' nor 'mse'")
+        elif options["quant_scale"] == "mse" and options["rounding"] == "stochastic":
+            wrong.append("quant_scale='mse' cuts the largest weights off, so their mean is not kept: rounding='stochastic' wants absmax")
         return wrong
 
-    def _pack(self, weight: Tensor, *, block: int, nested: bool, quant_scale: str) -> dict[str, Tensor]:  # type: ignore[override]
+    def _pack(  # type: ignore[override]
+        self, weight: Tensor, draw: Draw | None, *, block: int, nested: bool, quant_scale: str
+    ) -> dict[str, Tensor]:
         flat, numel = weight.reshape(-1), weight.numel()
         blocks = -(-numel // block)
         absmax = torch.empty(blocks, dtype=torch.float32, device=weight.device)
         for piece, mine in _pieces(flat, block):
             absmax[mine] = _best(piece, self.name) if quant_scale == "mse" else piece.abs().amax(1)
-        found = nest(absmax) if nested else {"absmax": absmax}
-        # bitsandbytes encodes with the exact scale; a searched one is worth decoding with what is really stored
-        scale = scales(found["absmax"], found.get("nested_absmax"), found.get("nested_offset")) if quant_scale == "mse" else absmax
+        found = nest(absmax, up=draw is not None) if nested else {"absmax": absmax}
+        scale = absmax  # bitsandbytes encodes with the exact scale; a search, and a mean, need the one that is really stored
+        if quant_scale == "mse" or draw is not None:
+            scale = scales(found["absmax"], found.get("nested_absmax"), found.get("nested_offset"))
         packed = torch.empty((numel + 1) // 2, dtype=torch.uint8, device=weight.device)
         for piece, mine in _pieces(flat, block):
-            code = codes(piece, scale[mine, None], self.name).view(-1)
+            code = codes(piece, scale[mine, None], self.name, draw).view(-1)
             start = mine.start * block // 2
             pair = code[0::2] << 4 | code[1::2]
             packed[start : start + len(pair)] = pair[: len(packed) - start]

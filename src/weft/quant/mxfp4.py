@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from weft.kernels.scratch import real
-from weft.quant.formats import Format, Packed
+from weft.quant.formats import Draw, Format, Packed
 
 LEVELS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 
@@ -24,7 +24,7 @@ class MXFP4(Format):
     writable: ClassVar[bool] = False
     beside = ("scale",)
 
-    def _pack(self, weight: Tensor, **options: Any) -> dict[str, Tensor]:
+    def _pack(self, weight: Tensor, draw: Draw | None, **options: Any) -> dict[str, Tensor]:
         raise NotImplementedError("not writable")
 
     def unpack(self, tensors: Packed, shape: tuple[int, ...], dtype: torch.dtype, out: Tensor | None = None, again: bool = False) -> Tensor:
