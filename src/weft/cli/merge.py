@@ -30,7 +30,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
                         help="for an adapter of a 4- or 8-bit base. source: fold it into the 16-bit model that the base was packed from; "
                         "trained: into the numbers that it was trained on (default: source)")  # fmt: skip
     parser.add_argument("--into", metavar="B", default=None,
-                        help="write the merged model packed: nf4, fp4, int8, fp8, with options as for --base (left out: 16 or 32 bits)")  # fmt: skip
+                        help="write it packed: nf4, fp4, int8, fp8, with options as for --base (left out: 16 or 32 bits)")  # fmt: skip
     parser.add_argument("--rounding", choices=("nearest", "stochastic"), default=None,
                         help="with --into. stochastic: to one of the two neighbouring levels by chance, right in the mean; each "
                         "weight is further off (default: nearest)")  # fmt: skip
