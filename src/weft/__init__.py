@@ -32,6 +32,7 @@ _HOME = {
     "OFT": "weft.methods",
     "Bottleneck": "weft.methods",
     "Subspace": "weft.methods",
+    "TrainableTokens": "weft.methods",
     "Full": "weft.methods",
     "adapt": "weft.adapters",
     "combine": "weft.adapters",
@@ -74,6 +75,7 @@ if TYPE_CHECKING:
         PromptTuning,
         PTuning,
         Subspace,
+        TrainableTokens,
         VeRA,
     )
     from weft.models import load_base, load_tokenizer

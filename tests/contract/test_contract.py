@@ -27,6 +27,8 @@ SCALED = dict(llama="all-linear", gpt2="all-linear", plain=("up", "down"), conv=
 SCALED_INSIDE = dict(llama=("down_proj", "q_proj"), gpt2="mlp.c_proj", plain="down", conv=("second", "third"))
 EVERY = LINEAR | {"conv": "all"}
 NECKS = dict(llama="auto", gpt2="auto", plain=("up", "down"), conv="out")
+HELD = dict(llama="auto", gpt2="auto", plain="embed", conv="out")  # what has a row for each token
+TOKENS = (4, 1, 3)  # in the batch, and not in order
 METHODS_TRIED: dict[str, Callable[[str], Method]] = {
     "lora": lambda m: weft.LoRA(rank=4, alpha=8, targets=LINEAR[m]),
     "rslora": lambda m: weft.LoRA(rank=4, alpha=3, rslora=True, init="gaussian", targets=LINEAR[m]),
@@ -45,6 +47,11 @@ METHODS_TRIED: dict[str, Callable[[str], Method]] = {
     "lora-fa": lambda m: weft.LoRA(rank=3, train_A=False, targets=EVERY[m], exclude="third" if m == "conv" else ()),
     "lora-and-modules": lambda m: weft.LoRA(
         rank=2, alpha=4, targets=LINEAR[m], modules_to_save=dict(llama=("lm_head", "norm"), gpt2="ln_f", plain="norm", conv="first")[m]),
+    "tokens": lambda m: weft.TrainableTokens(tokens=TOKENS, targets=HELD[m]),
+    "lora-and-tokens": lambda m: weft.LoRA(
+        rank=2, targets="first" if m == "conv" else LINEAR[m], trainable_token_indices={"out": (4, 0)} if m == "conv" else TOKENS),
+    "adalora-and-tokens": lambda m: weft.AdaLoRA(
+        rank=3, target_rank=2, targets=LINEAR[m], trainable_token_indices=() if m == "conv" else TOKENS[:2]),
     "vera": lambda m: weft.VeRA(rank=6, d_initial=1.0, targets=LINEAR[m]),
     "adalora": lambda m: weft.AdaLoRA(rank=4, target_rank=2, targets=LINEAR[m]),
     "dora": lambda m: weft.DoRA(rank=4, alpha=8, targets=LINEAR[m]),

@@ -29,6 +29,7 @@ def test_only_the_targets_inside_the_layers_are_adapted(method: str) -> None:
             continue  # stands on an embedding alone
         beside = {"bias": "none"} if getattr(whole, "bias", "none") == "all" else {}  # biases and whole modules are no targets
         beside |= {"train_norms": False} if hasattr(whole, "train_norms") else {}
+        beside |= {"trainable_token_indices": ()} if hasattr(whole, "trainable_token_indices") else {}
         some: Any = replace(whole, layers_to_transform=1, modules_to_save=(), **beside)
         assert some.layers_to_transform == (1,) and weft.Method.from_dict(some.to_dict()) == some
         found = _paths(weft.adapt(make(), some))

@@ -16,6 +16,7 @@ CONFIGS = {
     "LORA": peft.LoraConfig, "ADALORA": peft.AdaLoraConfig, "VERA": peft.VeraConfig, "IA3": peft.IA3Config,
     "LN_TUNING": peft.LNTuningConfig, "LOHA": peft.LoHaConfig, "LOKR": peft.LoKrConfig, "OFT": peft.OFTConfig,
     "PREFIX_TUNING": peft.PrefixTuningConfig, "PROMPT_TUNING": peft.PromptTuningConfig, "P_TUNING": peft.PromptEncoderConfig,
+    "TRAINABLE_TOKENS": peft.TrainableTokensConfig,
 }  # fmt: skip
 NEVER_WRITTEN = {"peft_version"}  # by peft 0.21.2 as a field of the class
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar, cast
 
@@ -38,8 +38,11 @@ def build(model: nn.Module, method: Method, strict: bool = True) -> dict[str, Ad
     also = method.also(everything, targets)
     built = method.build_all({p: cast(Site, m) for p, m in targets.items()})
     beyond = method.beyond(everything)
-    if twice := sorted(set(beyond) & set(built)):
-        raise WeftError(f"{', '.join(twice[:3])}: adapted as a layer by targets and once more by a parameter's name; leave one of them out")
+    ways: list[tuple[str, Collection[str]]] = [
+        ("adapted as a layer by targets", built), ("trained whole by modules_to_save", saved), ("trained in its bias", also),
+    ]  # fmt: skip
+    if twice := [f"{p}: {way}" for way, paths in ways for p in paths if p in beyond]:
+        raise WeftError(f"{', '.join(twice[:3])} and once more by a parameter's name or by its tokens; leave one of them out")
     built |= beyond
     for path, which in also.items():
         built[path] = Replaced(cast(Site, everything[path]), which)

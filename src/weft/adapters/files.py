@@ -68,8 +68,9 @@ def write(model: nn.Module, adapters: Mapping[str, Adapter], folder: str | os.Pa
         "auto_mapping": None, "base_model_name_or_path": _origin(model), "inference_mode": True, "peft_type": format.peft_type,
         "revision": None, "task_type": _task(model),
     } | format.write(method, model, own) | next(iter(adapters.values())).__dict__.get("unknown", {})  # fmt: skip
-    if not format.peft_type.startswith(OWN):
-        config["modules_to_save"] = [m.removeprefix("re:") for m in several(method.modules_to_save)] or None
+    kept = [m.removeprefix("re:") for m in several(method.modules_to_save)] or None
+    if not format.peft_type.startswith(OWN) and (kept or format.keeps):
+        config["modules_to_save"] = kept
     if config["task_type"] is None:
         config["auto_mapping"] = {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
     target = Path(folder)
@@ -218,12 +219,15 @@ def _match(
     """(module path, adapter, parameter, name in the file) for all that the adapter needs, or one error with all that does not fit."""
     have = set(file.keys())
     need, missing, shapes = [], [], []
-    shared: dict[int, str] = {}
+    whose: dict[int, list[str]] = {}  # what is shared may stand in the file under the name of any of its owners, or of several
+    for where, adapter in built.items():
+        for parameter, p in adapter._parameters.items():
+            whose.setdefault(id(p), []).append(key(where, adapter, parameter))
     for where, adapter in built.items():
         for parameter, p in adapter._parameters.items():
             if p is None:
                 continue
-            named = shared.setdefault(id(p), key(where, adapter, parameter))
+            named = next((n for n in whose[id(p)] if n in have), whose[id(p)][0])
             if named not in have:
                 missing.append(named)
                 continue
@@ -231,9 +235,12 @@ def _match(
             if found != tuple(p.shape):
                 shapes.append(f"{named} is {found}; this model with this configuration needs {tuple(p.shape)}")
             need.append((where, adapter, parameter, named))
-    extra = sorted(have - {n for *_, n in need} - set(missing) - set(beside))
+    copies = {n: named for *_, named in need for names in whose.values() if named in names for n in names if n in have and n != named}
+    apart = [n for n, named in copies.items() if n not in shapes and not torch.equal(file.get_tensor(n), file.get_tensor(named))]
+    extra = sorted(have - {n for *_, n in need} - set(missing) - set(beside) - set(copies))
     extra = [e for e in extra if not _copy_of_base(e, model)]
     wrong = _lines(shapes, "of another shape") + _lines(missing, "missing from the file")
+    wrong += _lines(apart, "other than those of the layer that this model ties theirs to")
     wrong += _lines(extra, "in the file, but belonging to nothing here")
     if not need:
         wrong.insert(0, "not one tensor of the file fits this model: is it another base, or an inner part of the model?")

@@ -36,7 +36,7 @@ def merge(model: Model, names: str | Sequence[str] | None = None, *, keep: bool 
         raise WeftError("nothing to merge: no adapter is active. Name one, as in weft.merge(model, 'default')")
     here = {p: s for p, s in found.items() if any(n in slot_of(s) for n in chosen)}
     _check(model, here, chosen, untie)
-    tied: dict[int, nn.Parameter] = {}
+    tied: dict[tuple[int, ...], nn.Parameter] = {}
     with torch.no_grad():
         for site in here.values():
             _fold(site, chosen, tied, keep)
@@ -61,9 +61,10 @@ def unmerge(model: Model) -> Model:
     return model
 
 
-def _fold(site: Site, chosen: Sequence[str], tied: dict[int, nn.Parameter], keep: bool) -> None:
+def _fold(site: Site, chosen: Sequence[str], tied: dict[tuple[int, ...], nn.Parameter], keep: bool) -> None:
     module, slot, before = cast(nn.Module, site), slot_of(site), site.active
     kept: dict[str, nn.Parameter | None] = {}
+    past: dict[str, tuple[int, ...]] = {}  # of each parameter: what it was, and what it went through
     site.__dict__["kept"], site.__dict__["kept_for"] = kept, before  # `unmerged` gives the base from it, also to the adapters being folded
     for name in chosen:
         if name not in slot:
@@ -74,9 +75,10 @@ def _fold(site: Site, chosen: Sequence[str], tied: dict[int, nn.Parameter], keep
             if own is None and not value.any():
                 continue  # a bias that neither the layer nor the adapter has
             dtype = logical(module, key if own is not None else "weight")[1]  # a packed weight becomes numbers of the dtype it had
-            source = slot[name]._parameters.get(key)  # a whole trained copy, which tied layers share: they stay tied
+            source = slot[name].tie(key)
+            past[key] = (*past.get(key, (id(own),)), id(site if source is None else source))
             new = nn.Parameter(value.to(dtype, copy=source is not None), requires_grad=False)
-            module._parameters[key] = new if source is None else tied.setdefault(id(source), new)
+            module._parameters[key] = tied.setdefault(past[key], new)  # layers that were tied and went through the same stay tied
     activate(site, tuple(n for n in before if n not in chosen))
     if not keep:  # each old weight is gone before the next new one is made
         del site.__dict__["kept"], site.__dict__["kept_for"]
@@ -109,6 +111,6 @@ def _check(model: nn.Module, here: dict[str, Site], chosen: Sequence[str], untie
 
 
 def _same(site: Site, others: Sequence[Site], key: str, chosen: Sequence[str]) -> bool:
-    """Whether the tied layers are replaced by one and the same tied parameter (full fine-tuning keeps ties)."""
-    mine = [slot_of(site)[n]._parameters.get(key) for n in chosen if n in slot_of(site)]
-    return mine[-1] is not None and all(slot_of(o)[n]._parameters.get(key) is mine[-1] for o in others for n in chosen if n in slot_of(o))
+    """Whether the tied layers are changed by the same tied parameters, one after another (full fine-tuning keeps ties)."""
+    mine, *theirs = ([slot_of(s)[n].tie(key) for n in chosen if n in slot_of(s)] for s in (site, *others))
+    return all(p is not None for p in mine) and all([*map(id, each)] == [*map(id, mine)] for each in theirs)

@@ -22,7 +22,7 @@ def find(model: nn.Module, method: Method, strict: bool = True) -> dict[str, nn.
     Raises:
         WeftError: naming each target that matches nothing, or nothing that the method can adapt, with what could have matched.
     """
-    if not several(method.targets) and getattr(method, "target_parameters", None):
+    if method.elsewhere():
         return {}
     everything = dict(modules(model))
     able = {path: m for path, m in everything.items() if method.accepts(m) and not _bypassed(everything, path)}

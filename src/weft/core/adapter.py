@@ -49,6 +49,10 @@ class Adapter(nn.Module):
         """Why this adapter cannot be merged into this layer; None if it can."""
         return None
 
+    def tie(self, key: str) -> nn.Parameter | None:
+        """The parameter that alone decides what becomes of the layer's `key`: tied layers that have one in common stay tied when merged."""
+        return self._parameters.get(key)
+
     def penalty(self) -> Tensor | float:
         """What the method adds to the loss for this layer (a scalar)."""
         return 0.0

@@ -96,6 +96,10 @@ class Method(ABC):
         """Adapters of modules that are found in another way than by `targets`, by path."""
         return {}
 
+    def elsewhere(self) -> bool:
+        """Whether `beyond` finds all that is adapted, and `targets` no layer."""
+        return False
+
     def lr_scale(self, parameter: str) -> float:
         """The learning rate of an adapter's parameter over that of the run."""
         return 1.0

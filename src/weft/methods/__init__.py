@@ -15,6 +15,7 @@ from weft.methods.prefix import PrefixTuning
 from weft.methods.prompt import PromptTuning
 from weft.methods.ptuning import PTuning
 from weft.methods.subspace import Subspace
+from weft.methods.trainable_tokens import TrainableTokens
 from weft.methods.vera import VeRA
 
 __all__ = [
@@ -33,5 +34,6 @@ __all__ = [
     "PrefixTuning",
     "PromptTuning",
     "Subspace",
+    "TrainableTokens",
     "VeRA",
 ]

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from weft.core import Adapter, Around, Method, Site, WeftError, features, is_conv1d, is_linear, plain
 from weft.kernels.low_rank import low_rank_add
+from weft.methods.trainable_tokens import WithTokens
 from weft.quant import dense
 
 
@@ -73,7 +74,7 @@ class Triplets(Adapter):
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdaLoRA(Method):
+class AdaLoRA(WithTokens, Method):
     """LoRA whose ranks are shared out among the layers while training.
 
     Args:

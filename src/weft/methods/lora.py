@@ -14,17 +14,18 @@ from typing import ClassVar, Literal
 
 from torch import Tensor, nn
 
-from weft.core import Adapter, Method, Site, WeftError, base_class, by_pattern, is_conv, is_linear
+from weft.core import Adapter, Method, Site, WeftError, base_class, by_pattern, is_conv, is_linear, several
 from weft.methods.lora_layers import LowRankConv, LowRankEmbedding
 from weft.methods.lora_linear import Factors, LowRank
 from weft.methods.lora_start import FROM_BASE, LowRankFrom
 from weft.methods.parameters import on_parameters
+from weft.methods.trainable_tokens import WithTokens
 
 __all__ = ["LoRA", "LowRank"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoRA(Method):
+class LoRA(WithTokens, Method):
     """Low-rank adaptation.
 
     Args:
@@ -127,7 +128,10 @@ class LoRA(Method):
         return {p: ("bias",) for p, m in modules.items() if p not in targets and m._parameters.get("bias") is not None}
 
     def beyond(self, modules: Mapping[str, nn.Module]) -> dict[str, Adapter]:
-        return on_parameters(self, modules)
+        return on_parameters(self, modules) | super().beyond(modules)
+
+    def elsewhere(self) -> bool:
+        return bool(self.target_parameters) and not several(self.targets)
 
     def lr_scale(self, parameter: str) -> float:
         return self.lr_ratio if parameter.rpartition(".")[2].rstrip("0123456789") == "B" else 1.0

@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from weft.adapters.formats import adalora, ia3, ln_tuning, lora, lycoris, oft, prompts, vera
+from weft.adapters.formats import adalora, ia3, ln_tuning, lora, lycoris, oft, prompts, trainable_tokens, vera
 from weft.adapters.formats.base import OWN, PREFIX, Field, Format, own_format, short_names, unknown
 from weft.core import METHODS, Adapter, Method, WeftError
 
 # A new family of methods: a file beside this one with NAMES and FORMATS, and its name here.
-FAMILIES = (adalora, ia3, ln_tuning, lora, lycoris, oft, prompts, vera)
+FAMILIES = (adalora, ia3, ln_tuning, lora, lycoris, oft, prompts, trainable_tokens, vera)
 NAMES: dict[type[Adapter], dict[str, str]] = {kind: names for family in FAMILIES for kind, names in family.NAMES.items()}
 FORMATS: dict[type[Method], Format] = {method: format for family in FAMILIES for method, format in family.FORMATS.items()}
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from weft.adapters.formats.base import COMMON, Field, Format, checked, short_names, whole
 from weft.adapters.formats.common import LAYERS, targets
 from weft.adapters.formats.lora import FIELDS as LORA
+from weft.adapters.formats.trainable_tokens import TOKENS, beside, tokens
 from weft.core import Adapter, Method, is_conv1d
 from weft.methods import AdaLoRA
 from weft.methods.adalora import Triplets
@@ -18,7 +19,7 @@ NAMES: dict[type[Adapter], dict[str, str]] = {Triplets: {"A": "lora_A", "B": "lo
 
 _LORA_ONLY = "a field of LoRA's that peft's AdaLoRA does not use"
 FIELDS: dict[str, Field] = (
-    {name: f for name, f in LORA.items() if f.refused or name in COMMON | LAYERS or not f.weft}
+    {name: f for name, f in LORA.items() if f.refused or name in COMMON | LAYERS | TOKENS or not f.weft}
     | {
         name: Field(why=_LORA_ONLY)
         for name in ("r", "use_rslora", "alpha_pattern", "lora_bias", "qalora_group_size")
@@ -50,17 +51,17 @@ def _left(adapter: Triplets) -> Tensor:
 
 
 def _write(method: AdaLoRA, model: nn.Module, adapters: Mapping[str, Any]) -> dict[str, Any]:
-    pattern = {}
-    for path, a in adapters.items():
+    pattern, layers = {}, {p: a for p, a in adapters.items() if isinstance(a, Triplets)}
+    for path, a in layers.items():
         left = _left(a).tolist()
         pattern[f"{path}.lora_E"] = left + [False] * (method.rank - len(left))
     return {
         "r": 8, "init_r": method.rank, "target_r": method.target_rank, "lora_alpha": whole(method.alpha), "lora_dropout": method.dropout,
         "tinit": method.tinit, "tfinal": method.tfinal, "deltaT": method.delta_t, "beta1": method.beta1, "beta2": method.beta2,
         "orth_reg_weight": method.orth_weight, "total_step": method.tinit + method.tfinal + 1, "bias": "none",
-        "rank_pattern": None if all(all(left) for left in pattern.values()) else pattern, "target_modules": short_names(model, adapters),
-        "fan_in_fan_out": any(is_conv1d(model.get_submodule(p)) for p in adapters),
-    }  # fmt: skip
+        "rank_pattern": None if all(all(left) for left in pattern.values()) else pattern, "target_modules": short_names(model, layers),
+        "fan_in_fan_out": any(is_conv1d(model.get_submodule(p)) for p in layers),
+    } | beside(method, adapters)  # fmt: skip
 
 
 def _read(config: Mapping[str, Any]) -> AdaLoRA:
@@ -71,7 +72,8 @@ def _read(config: Mapping[str, Any]) -> AdaLoRA:
         rank=rank, target_rank=min(config.get("target_r", 8), rank), alpha=float(alpha) if alpha > 0 else float(rank),
         dropout=float(config.get("lora_dropout", 0.0)), tinit=config.get("tinit", 0), tfinal=config.get("tfinal", 0),
         delta_t=config.get("deltaT", 1), beta1=config.get("beta1", 0.85), beta2=config.get("beta2", 0.85),
-        orth_weight=config.get("orth_reg_weight", 0.5), rank_pattern=given, **targets(config),
+        orth_weight=config.get("orth_reg_weight", 0.5), rank_pattern=given,
+        **tokens(config), **targets(config),
     )  # fmt: skip
 
 

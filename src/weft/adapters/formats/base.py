@@ -27,6 +27,7 @@ class Format:
     beside: tuple[str, ...] = ()  # names of tensors that belong to all layers and may stand in the file
     give: Callable[[Mapping[str, Adapter]], dict[str, Tensor]] = lambda adapters: {}  # those tensors
     take: Callable[[Mapping[str, Adapter], Mapping[str, Tensor]], None] = lambda adapters, tensors: None  # the reverse
+    keeps: bool = True  # whether peft's configuration of this type has modules_to_save
     root: str = PREFIX  # what stands before the paths of layers
     told: Callable[[Any, Collection[str]], Method] = lambda method, names: method  # which one is meant, with the tensors' names known too
     noted: tuple[str, ...] = ()  # hyper-parameters that peft has no field for: they stand in the header of the tensors' file (notes.py)

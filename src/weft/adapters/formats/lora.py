@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from weft.adapters.formats.base import COMMON, Field, Format, checked, short_names, whole
 from weft.adapters.formats.common import LAYERS, targets
+from weft.adapters.formats.trainable_tokens import TOKENS, beside, tokens
 from weft.core import Adapter, Method, Replaced, WeftError, several
 from weft.methods import DoRA, LoRA
 from weft.methods.dora import DecomposedConv, DecomposedEmbedding, DecomposedLinear
@@ -18,6 +19,7 @@ from weft.methods.lora import LowRank
 from weft.methods.lora_layers import LowRankConv, LowRankEmbedding
 from weft.methods.lora_start import FROM_BASE, LowRankFrom
 from weft.methods.parameters import LowRankParameters
+from weft.methods.token_rows import TokenRows
 
 # adapter class -> its parameters' names -> peft's names after the module's path
 NAMES: dict[type[Adapter], dict[str, str]] = {
@@ -34,7 +36,7 @@ for _kind, _base in ((DecomposedLinear, LowRank), (DecomposedConv, LowRankConv),
 _START = "about how training began: nothing that a trained adapter computes"
 _ELSE = "a variant of LoRA that weft does not have"
 
-FIELDS: dict[str, Field] = COMMON | LAYERS | {
+FIELDS: dict[str, Field] = COMMON | LAYERS | TOKENS | {
     "r": Field("rank"),
     "lora_alpha": Field("alpha"),
     "lora_dropout": Field("dropout"),
@@ -47,7 +49,6 @@ FIELDS: dict[str, Field] = COMMON | LAYERS | {
     "init_lora_weights": Field("init", why=_START),
     "fan_in_fan_out": Field(why="weft sees from the layer how its weight lies"),
     "target_parameters": Field("target_parameters"),
-    "trainable_token_indices": Field(why="weft does not compute it yet", refused=True),
     "alora_invocation_tokens": Field(why="weft does not compute it yet", refused=True),
     "layer_replication": Field(why="it builds another model out of repeated layers; build that model first", refused=True),
     "use_qalora": Field(why=_ELSE, refused=True, neutral=False),
@@ -68,14 +69,14 @@ FIELDS: dict[str, Field] = COMMON | LAYERS | {
 
 
 def _write_lora(method: LoRA, model: nn.Module, adapters: Mapping[str, Adapter]) -> dict[str, Any]:
-    low_rank = {p: a for p, a in adapters.items() if not isinstance(a, Replaced | LowRankParameters)}
+    low_rank = {p: a for p, a in adapters.items() if not isinstance(a, Replaced | LowRankParameters | TokenRows)}
     method = method.written()
     ranks, alphas = _patterns(method, low_rank)
     return {
         "r": method.rank, "lora_alpha": whole(method.alpha), "lora_dropout": method.dropout, "use_rslora": method.rslora,
         "use_dora": isinstance(method, DoRA), "bias": method.bias, "lora_bias": method.lora_bias,
         "init_lora_weights": method.init == "kaiming" or method.init, "target_modules": short_names(model, low_rank),
-        "target_parameters": list(several(method.target_parameters)) or None,
+        "target_parameters": list(several(method.target_parameters)) or None, **beside(method, adapters),
         "exclude_modules": None, "layers_to_transform": None, "layers_pattern": None, "rank_pattern": ranks, "alpha_pattern": alphas,
         "fan_in_fan_out": any(type(model.get_submodule(p)).__name__.endswith("Conv1D") for p in low_rank),
     }  # fmt: skip
@@ -112,7 +113,7 @@ def _read_lora(config: Mapping[str, Any]) -> LoRA:
         rslora=bool(config.get("use_rslora", False)), bias=config.get("bias", "none"), lora_bias=bool(config.get("lora_bias", False)),
         rank_pattern=dict(config.get("rank_pattern") or {}), alpha_pattern=dict(config.get("alpha_pattern") or {}),
         target_parameters=tuple(config.get("target_parameters") or ()),
-        **targets(config),
+        **tokens(config), **targets(config),
     )  # fmt: skip
 
 

@@ -32,6 +32,11 @@ def method_of(config: Any, targets: list[str]) -> Method:
                 f"target_parameters={values['target_parameters']!r}: this face shows no parameters. Build the adapter with "
                 "weft.adapt(model, weft.LoRA(target_parameters=...)), or load its file with weft.load(model, folder)"
             )
+        if values.get("trainable_token_indices") or kind == "TRAINABLE_TOKENS":
+            raise WeftError(
+                "this face shows no trained tokens yet. Build the adapter with weft.adapt(model, weft.TrainableTokens(tokens=...)) or "
+                "weft.LoRA(trainable_token_indices=...), or load its file with weft.load(model, folder)"
+            )
         method = format_for(values).read(values | ({"init_lora_weights": True} if "init_lora_weights" in values else {}))
         start = getattr(config, "init_lora_weights", True)
         if isinstance(method, LoRA) and isinstance(start, str):
