@@ -14,6 +14,7 @@ import weft
 import weft.compat.peft as face
 from tests.compat.stories import IDS, fill, logits
 from tests.conftest import llama
+from tests.parity.families import FAMILIES
 
 
 def made(**more: object) -> face.PeftModel:
@@ -127,6 +128,34 @@ def test_a_base_in_four_bits() -> None:
     assert type(plain.model.layers[0].self_attn.q_proj) is torch.nn.Linear
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_fused_experts_by_rows_and_packed(packed: bool) -> None:
+    """Where peft refuses rows: each row of a batch through its own adapter on fused experts, on a packed base too."""
+    torch.manual_seed(0)
+    family = FAMILIES["Mixtral"]
+    base = family.make().eval()
+    if packed:
+        weft.quant.quantise_(base, "nf4", block=32)
+    ids = family.inputs()["input_ids"]
+    config = {"target_modules": [], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"], "task_type": "CAUSAL_LM"}
+    model = face.get_peft_model(base, face.LoraConfig(r=2, init_lora_weights="gaussian", **config)).eval()
+    spread = model.base_model.model.model.layers[0].mlp.experts.lora_A["default"].weight.std().item()
+    assert 0.4 < spread < 0.6  # 1 / rank, whatever the number of experts
+    model.add_adapter("b", face.LoraConfig(r=3, **config))
+    fill(model)
+    alone = {}
+    with torch.no_grad():
+        for name in ("default", "b"):
+            model.set_adapter(name)
+            alone[name] = model(input_ids=ids).logits
+        rows = model(input_ids=ids, adapter_names=["b", "default"]).logits
+        assert torch.allclose(rows[0], alone["b"][0], atol=1e-5) and torch.allclose(rows[1], alone["default"][1], atol=1e-5)
+        model.merge_adapter()
+        assert torch.allclose(model(input_ids=ids).logits, alone["b"], atol=2e-2 if packed else 1e-5)
+        model.unmerge_adapter()
+        assert torch.equal(model(input_ids=ids).logits, alone["b"])
+
+
 def test_what_is_never_called_is_refused() -> None:
     with pytest.raises(ValueError, match="never calls it"):
         face.get_peft_model(torch.nn.TransformerEncoderLayer(8, 2, 16), face.LoraConfig(target_modules=["out_proj"]))
@@ -144,6 +173,7 @@ import sys, torch
 from peft import LoraConfig
 from importlib.metadata import version
 from tests.conftest import llama
+from tests.parity.families import FAMILIES
 assert version("peft") == weft.compat.peft.__version__
 ids = torch.arange(3, 9)[None]
 model = llama()

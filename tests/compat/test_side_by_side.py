@@ -13,6 +13,7 @@ import torch
 
 import weft.compat.peft as face
 from tests.compat.stories import STORIES, logits
+from tests.compat.stories_experts import EXPERTS
 from tests.compat.stories_more import MORE
 from tests.conftest import llama
 
@@ -46,9 +47,10 @@ def test_a_script_tells_the_same(story: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("story", MORE)
+@pytest.mark.parametrize("story", [*MORE, *EXPERTS])
 def test_so_do_other_methods_layers_and_tasks(story: str, tmp_path: Path) -> None:
-    same(MORE[story](peft, tmp_path / "peft"), MORE[story](face, tmp_path / "weft"), story)
+    script = (MORE | EXPERTS)[story]
+    same(script(peft, tmp_path / "peft"), script(face, tmp_path / "weft"), story)
 
 
 @pytest.mark.filterwarnings("ignore")

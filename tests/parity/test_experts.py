@@ -13,7 +13,6 @@ import torch
 from torch import nn
 
 import weft
-import weft.compat.peft as face
 from tests.conftest import jolt
 from tests.parity.families import FAMILIES
 from weft.adapters import attached, trainable
@@ -130,12 +129,6 @@ def test_a_matrix_that_is_no_layer_s(tmp_path: Path) -> None:
     assert torch.allclose(torch.compile(model, backend="aot_eager")(x), want, atol=1e-6)
     weft.merge(model, keep=False)
     assert torch.allclose(model(x), want, atol=1e-6) and type(inner) is Table
-
-
-def test_the_face_of_peft_says_that_it_has_no_such_views() -> None:
-    config = face.LoraConfig(target_modules=["q_proj"], target_parameters=BOTH, task_type="CAUSAL_LM")
-    with pytest.raises(ValueError, match=r"weft.LoRA\(target_parameters"):
-        face.get_peft_model(_model("Mixtral"), config)
 
 
 def test_what_is_no_expert_is_told() -> None:

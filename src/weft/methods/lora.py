@@ -90,12 +90,12 @@ class LoRA(WithTokens, Method):
         rank, alpha = by_pattern(self.rank_pattern, path, self.rank), by_pattern(self.alpha_pattern, path, self.alpha)
         return rank, alpha / (sqrt(rank) if self.rslora else rank)
 
-    def first(self, A: Tensor) -> nn.Parameter:
-        """A as it starts: (rank, in, ...)."""
+    def first(self, A: Tensor, rank: int = 0) -> nn.Parameter:
+        """A as it starts: (rank, in, ...). `rank` is given where A holds the factors of several matrices."""
         if A.is_meta:
             return nn.Parameter(A)
         if self.init == "gaussian":
-            return nn.Parameter(nn.init.normal_(A, std=1 / A.shape[0]))
+            return nn.Parameter(nn.init.normal_(A, std=1 / (rank or A.shape[0])))
         return nn.Parameter(nn.init.kaiming_uniform_(A, a=sqrt(5)))
 
     @property

@@ -37,7 +37,7 @@ class LowRankParameters(Adapter):
                 outside, inside = inside, outside
             rank, scale = method.scaled(f"{path}.{name}")
             self.scales.append(scale)
-            self.register_parameter(f"A{i}", method.first(torch.empty(experts * rank, inside)))
+            self.register_parameter(f"A{i}", method.first(torch.empty(experts * rank, inside), rank))
             self.register_parameter(f"B{i}", nn.Parameter(torch.zeros(outside, rank * experts)))
 
     def updates(self, module: Any) -> dict[str, Tensor]:
@@ -88,7 +88,8 @@ def on_parameters(method: LoRA, modules: Mapping[str, nn.Module]) -> dict[str, A
     """The adapters that `method.target_parameters` asks for, by the path of the module that owns them."""
     if not method.target_parameters:
         return {}
-    unfit = {"dropout": method.dropout, "lora_bias": method.lora_bias, f"init={method.init!r}": method.from_base}
+    unfit = {"dropout": method.dropout, "lora_bias": method.lora_bias}
+    unfit[f"init={method.init!r}"] = method.from_base or method.init == "orthogonal"
     unfit[type(method).__name__] = Method not in type(method).__bases__  # a variant of LoRA with more than two factors
     wrong = [f"{what} is not for parameters" for what, is_set in unfit.items() if is_set]
     owned = {f"{path}.{name}": (path, name) for path, m in modules.items() for name, p in m._parameters.items() if p is not None}

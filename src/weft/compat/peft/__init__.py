@@ -28,6 +28,7 @@ from weft.compat.peft import (
     mixed,
     model,
     optimizers,
+    parameters,
     places,
     state,
     status,

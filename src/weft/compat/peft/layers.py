@@ -102,9 +102,10 @@ class BaseTunerLayer(Front):
     def add(self, name: str, adapter: Adapter, config: Any) -> None:
         """Take in a built adapter. An adapter that has this name already is replaced."""
         self.slot[name] = adapter
-        self.trains[name] = tuple(n for n, p in adapter._parameters.items() if p is not None and p.requires_grad)
-        base = self.get_base_layer()
-        for container, inside in parts(adapter).items():
+        base, mine = self.get_base_layer(), self.parts(adapter)
+        shown = {n for inside in mine.values() for n in inside.values()}
+        self.trains[name] = tuple(n for n, p in adapter._parameters.items() if n in shown and p is not None and p.requires_grad)
+        for container, inside in mine.items():
             if not hasattr(self, container):
                 setattr(self, container, nn.ParameterDict() if "" in inside else nn.ModuleDict())
             into: Any = getattr(self, container)
@@ -113,6 +114,10 @@ class BaseTunerLayer(Front):
             else:
                 into[name] = holder(container, adapter, {k or "weight": v for k, v in inside.items()}, base)
         self._added(name, adapter, config)
+
+    def parts(self, adapter: Adapter) -> dict[str, dict[str, str]]:
+        """Which of an adapter's parameters this front shows, and under which names."""
+        return parts(adapter)
 
     def _added(self, name: str, adapter: Adapter, config: Any) -> None:
         """For a family with more to show than tensors."""
@@ -204,9 +209,10 @@ class BaseTunerLayer(Front):
         """Tell the site which adapters work."""
         site = self.get_base_layer()
         working: list[str] = []
+        merged = {n for front in site.__dict__["fronts"] for n in front.merged_adapters}
         for front in site.__dict__["fronts"]:
             if not front._disable_adapters:
-                working += [n for n in front.active_adapters if n in front.trains and n not in front.merged_adapters]
+                working += [n for n in front.active_adapters if n in front.trains and n not in merged]
         activate(cast(Site, site), tuple(dict.fromkeys(working)))
 
     # ---- merging
@@ -227,7 +233,7 @@ class BaseTunerLayer(Front):
             with torch.no_grad(), as_value_error():
                 if safe_merge and not all(torch.isfinite(v).all() for v in adapter.merged(site).values()):
                     raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
-        together = self._unfold() + new
+        together = list(dict.fromkeys(self._unfold() + new))
         activate(site, tuple(together))
         with torch.no_grad(), as_value_error():
             _fold(site, together, {}, True)
@@ -249,7 +255,7 @@ class BaseTunerLayer(Front):
             return
         self._unfold()
         self.merged_adapters = []
-        rest = [n for front in self.get_base_layer().__dict__["fronts"] for n in front.merged_adapters]
+        rest = list(dict.fromkeys(n for front in self.get_base_layer().__dict__["fronts"] for n in front.merged_adapters))
         if rest:
             with torch.no_grad():
                 _fold(cast(Site, self.get_base_layer()), rest, {}, True)
@@ -282,17 +288,20 @@ class BaseTunerLayer(Front):
             return self.base_layer(*args, **kwargs)
         if self.merged:
             raise ValueError("Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first.")
-        if len(names) != len(args[0]):
-            raise ValueError(
-                "Length of `adapter_names` should be the same as the number of inputs, but got "
-                f"{len(names)} and {len(args[0])} respectively."
-            )
+        self._rows_given(names, args)
         site = cast(Site, self.get_base_layer())
         activate(site, self._mixture(names, args[0].device))
         try:
             return self.base_layer(*args, **kwargs)
         finally:
             self.settle()
+
+    def _rows_given(self, names: Sequence[str], args: Sequence[Any]) -> None:
+        if len(names) != len(args[0]):
+            raise ValueError(
+                "Length of `adapter_names` should be the same as the number of inputs, but got "
+                f"{len(names)} and {len(args[0])} respectively."
+            )
 
     def _mixture(self, names: Sequence[str], device: torch.device) -> Mixture | tuple[str, ...]:
         here = [n for n in dict.fromkeys(names) if n in self.slot]

@@ -46,11 +46,10 @@ class LoraLayer(BaseTunerLayer):
         return Live(self.slot, "rank", self.names)
 
     def _added(self, name: str, adapter: Adapter, config: Any) -> None:
-        made: Any = adapter
         self.use_rslora[name], self.use_dora[name] = bool(config.use_rslora), bool(config.use_dora)
         self.lora_bias[name] = bool(config.lora_bias)
         rank = self.r[name]
-        alpha = made.scale * (sqrt(rank) if config.use_rslora else rank)
+        alpha = self.scaling[name] * (sqrt(rank) if config.use_rslora else rank)
         self.lora_alpha[name] = round(alpha) if abs(alpha - round(alpha)) < 1e-9 else alpha
         self.lora_dropout[name] = nn.Dropout(config.lora_dropout) if config.lora_dropout > 0 else nn.Identity()
 
@@ -116,10 +115,6 @@ class Conv3d(LoraLayer):
 
 class MultiheadAttention(LoraLayer):
     """A name that scripts import; nn.MultiheadAttention calls none of its layers, so weft refuses it as a target."""
-
-
-class ParamWrapper(LoraLayer):
-    """LoRA on fused expert weights."""
 
 
 class AdaLoraLayer(LoraLayer):
@@ -188,7 +183,7 @@ def dispatch(base: Any) -> type[LoraLayer]:
     for kind, front in ((nn.Conv1d, Conv1d), (nn.Conv2d, Conv2d), (nn.Conv3d, Conv3d)):
         if isinstance(base, kind):
             return front
-    return Linear if is_linear(base) else ParamWrapper
+    return Linear
 
 
 def mend_fan_in_fan_out(config: Any, base: Any, conv1d: bool) -> None:

@@ -27,11 +27,6 @@ def method_of(config: Any, targets: list[str]) -> Method:
         if name in values and isinstance(values[name], int) and values[name] <= 0 and kind != "OFT":
             raise ValueError(f"`r` should be a positive integer value but the value passed is {values[name]}")
     with as_value_error():
-        if values.get("target_parameters"):
-            raise WeftError(
-                f"target_parameters={values['target_parameters']!r}: this face shows no parameters. Build the adapter with "
-                "weft.adapt(model, weft.LoRA(target_parameters=...)), or load its file with weft.load(model, folder)"
-            )
         if values.get("trainable_token_indices") or kind == "TRAINABLE_TOKENS":
             raise WeftError(
                 "this face shows no trained tokens yet. Build the adapter with weft.adapt(model, weft.TrainableTokens(tokens=...)) or "

@@ -18,9 +18,9 @@ PLACES: dict[str, tuple[str, ...]] = {
     "tuners": ("tuner", "tuners_more", "configs", "configs_lora"),
     "tuners.tuners_utils": ("tuner", "layers", "targets", "switching", "helpers"),
 
-    "tuners.lora": ("layers_lora", "configs_lora", "tuners_more", "conversion", "eva"), "tuners.lora.eva": ("eva",),
+    "tuners.lora": ("layers_lora", "parameters", "configs_lora", "tuners_more", "conversion", "eva"), "tuners.lora.eva": ("eva",),
     "utils.incremental_pca": ("incremental_pca",), "utils.loftq_utils": ("loftq",),
-    "tuners.lora.layer": ("layers_lora",),
+    "tuners.lora.layer": ("layers_lora", "parameters"),
     "tuners.lora.model": ("tuners_more",),
     "tuners.lora.config": ("configs_lora",), "tuners.lora.conversion": ("conversion",),
     "tuners.adalora": ("layers_lora", "configs_lora", "tuners_more", "conversion"),

@@ -18,6 +18,7 @@ from torch.nn.modules.module import _IncompatibleKeys
 from weft.adapters.formats import Format, format_of
 from weft.compat.peft.kinds import PeftType, as_value_error
 from weft.compat.peft.layers import BaseTunerLayer
+from weft.compat.peft.moe import fuse_state
 from weft.compat.peft.targets import SHORTHAND, match_target_against_key
 from weft.compat.peft.wrappers import ModulesToSaveWrapper
 from weft.core import Adapter, modules
@@ -164,7 +165,8 @@ def set_peft_model_state_dict(
     beside: dict[str, Tensor] = {}
     written = _of(model, adapter_name)
     shared = written[0].beside if written else ()
-    for key, value in peft_model_state_dict.items():
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    for key, value in fuse_state(base, peft_model_state_dict).items():
         own = key if has_prefix else key.removeprefix("base_model.model.")
         if own.removesuffix(".weight") in names and own not in names:
             own = own.removesuffix(".weight")  # older files gave a name to what is now a bare tensor

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -99,6 +99,39 @@ def inspect_matched_modules(tuner: Any, adapter_name: str = "default") -> dict[s
 def _maybe_include_all_linear_layers(peft_config: Any, model: nn.Module) -> Any:
     include_all_linear(peft_config, model, dict(modules(model)))
     return peft_config
+
+
+def find_targets(
+    config: Any, everything: Mapping[str, nn.Module], keys: Collection[str] | None, prefix: str, parameters: list[str]
+) -> list[str]:
+    """The paths that a configuration adapts; with the keys of a state, those that it names (and a warning where the two differ).
+
+    Raises peft's errors if there are none. `parameters` are those found for `target_parameters`.
+    """
+    excluded, unmatched, targeted, meant = [], [], [], []
+    wanted = None if keys is None else {k.rsplit("." + prefix, 1)[0].removeprefix("_orig_mod.") for k in keys}
+    for path in everything:
+        if not path:
+            continue
+        result = check_target_module_exists(config, path)
+        if wanted is not None:
+            (targeted if path in wanted else unmatched).append(path)
+            if result:
+                meant.append(path)
+        elif isinstance(result, ExcludedModule):
+            excluded.append(path)
+        else:
+            (targeted if result else unmatched).append(path)
+    if wanted is not None and set(meant) != set(targeted):
+        more, less = sorted(set(meant) - set(targeted)), sorted(set(targeted) - set(meant))
+        text = "While injecting the PEFT adapters, an inconsistency was discovered between the PEFT config and the provided "
+        text += "state_dict. "
+        text += "This is not necessarily an issue and can be ignored if this was the intent. "
+        text += f"The PEFT config contained these additional target modules: {more}. " if more else ""
+        text += f"The state_dict contained these additional target modules: {less}. " if less else ""
+        warnings.warn(text, RuntimeWarning, stacklevel=6)
+    check_found(config, targeted, excluded, unmatched, parameters)
+    return targeted
 
 
 def check_found(config: Any, targeted: list[str], excluded: list[str], unmatched: list[str], parameters: list[str]) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from weft.adapters.attach import device_of
-from weft.compat.peft import starts
+from weft.compat.peft import parameters, starts
 from weft.compat.peft.config import PeftConfig
 from weft.compat.peft.defaults import IA3_FEEDFORWARD, TARGETS
 from weft.compat.peft.families import LAYERS, front_class
@@ -19,11 +19,13 @@ from weft.compat.peft.kinds import PeftType, as_value_error
 from weft.compat.peft.layers import BaseTunerLayer, cast_adapter, fronts
 from weft.compat.peft.layers_lora import mend_fan_in_fan_out
 from weft.compat.peft.methods import method_of
+from weft.compat.peft.moe import fuse_config
 from weft.compat.peft.switching import delete_adapter, enable, set_adapter, set_requires_grad
-from weft.compat.peft.targets import ExcludedModule, check_found, check_target_module_exists, include_all_linear
+from weft.compat.peft.targets import check_target_module_exists, find_targets, include_all_linear
 from weft.compat.peft.wrappers import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, base_modules, wrap_whole
 from weft.core import Adapter, Front, base_class, behind, is_conv1d, open_site
 from weft.methods import LoRA
+from weft.methods.parameters import LowRankParameters
 
 DUMMY_MODEL_CONFIG = {"model_type": "custom"}
 
@@ -94,8 +96,10 @@ class BaseTuner(Front):
     _check_target_module_exists = staticmethod(check_target_module_exists)
 
     def _prepare_adapter_config(self, config: Any, model_config: Mapping[str, Any]) -> None:
-        if getattr(config, "target_modules", None) is None and not getattr(config, "target_parameters", None):
+        if getattr(config, "target_modules", None) is None:
             found = TARGETS.get(self.KIND, {}).get(model_config.get("model_type"))
+            if found is None and getattr(config, "target_parameters", None):
+                return
             if found is None:
                 raise ValueError(
                     "Please specify `target_modules` or `target_parameters`in `peft_config`"
@@ -114,32 +118,7 @@ class BaseTuner(Front):
             )
         if getattr(config, "bias", "none") not in ("none", "all") and not str(config.bias).endswith("_only"):
             raise NotImplementedError(f"Requested bias: {config.bias}, is not implemented.")
-
-    def _find(self, config: Any, everything: Mapping[str, nn.Module], keys: Mapping[str, Tensor] | None) -> list[str]:
-        excluded, unmatched, targeted, meant = [], [], [], []
-        wanted = None if keys is None else {k.rsplit("." + self.prefix, 1)[0].removeprefix("_orig_mod.") for k in keys}
-        for path in everything:
-            if not path:
-                continue
-            result = check_target_module_exists(config, path)
-            if wanted is not None:
-                (targeted if path in wanted else unmatched).append(path)
-                if result:
-                    meant.append(path)
-            elif isinstance(result, ExcludedModule):
-                excluded.append(path)
-            else:
-                (targeted if result else unmatched).append(path)
-        if wanted is not None and set(meant) != set(targeted):
-            more, less = sorted(set(meant) - set(targeted)), sorted(set(targeted) - set(meant))
-            text = "While injecting the PEFT adapters, an inconsistency was discovered between the PEFT config and the provided "
-            text += "state_dict. "
-            text += "This is not necessarily an issue and can be ignored if this was the intent. "
-            text += f"The PEFT config contained these additional target modules: {more}. " if more else ""
-            text += f"The state_dict contained these additional target modules: {less}. " if less else ""
-            warnings.warn(text, RuntimeWarning, stacklevel=6)
-        check_found(config, targeted, excluded, unmatched, list(getattr(config, "target_parameters", None) or ()))
-        return targeted
+        parameters.check_set(config, self.peft_config)
 
     def inject_adapter(
         self,
@@ -154,11 +133,19 @@ class BaseTuner(Front):
         if "." in adapter_name:
             raise KeyError(f'module name can\'t contain ".", got: {adapter_name}')
         config = self.peft_config[adapter_name]
+        everything = base_modules(model)
+        fuse_config(config, model, everything)
         self._check_new_adapter_config(config)
         self._prepare_adapter_config(config, self.get_model_config(model))
-        everything = base_modules(model)
         include_all_linear(config, model, everything)
-        targeted = self._find(config, everything, state_dict)
+        if state_dict and getattr(config, "target_parameters", None):
+            raise ValueError(
+                "Trying to inject a PEFT adapter from a state_dict but the PEFT config uses `target_parameters`. This is not supported -- "
+                "when using `target_parameters`, please inject the adapter without the state_dict."
+            )
+        beyond = parameters.find(config, everything)
+        targeted = find_targets(config, everything, state_dict, self.prefix, list(beyond))
+        parameters.check(config, beyond, everything, targeted)
         for path in targeted:
             self._check_target(config, path, everything[path])
             if isinstance(everything.get(path.rpartition(".")[0]), nn.MultiheadAttention):
@@ -172,12 +159,14 @@ class BaseTuner(Front):
                 raise ValueError(f"Target module {everything[path]} is not supported. {type(method).__name__} can adapt {method.site}.")
         with as_value_error(), torch.device("meta" if low_cpu_mem_usage else "cpu"):
             built = method.build_all({p: cast(Any, everything[p]) for p in targeted})
+            built |= parameters.build(method, everything, beyond)
         first = not fronts(model)
         trains = {} if first else {id(p): (p, p.requires_grad) for p in model.parameters()}
         for path, adapter in built.items():
             adapter.method = method
             self._put(model, path, everything[path], adapter, adapter_name, config, autocast and autocast_adapter_dtype)
         self.targeted_module_names += [p for p in targeted if p not in self.targeted_module_names]
+        self.targeted_parameter_names += [p for p in beyond if p not in self.targeted_parameter_names]
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
         self._freeze(model)
         wrap_whole(model, config, adapter_name, adapter_name in self.active_adapters)
@@ -197,14 +186,17 @@ class BaseTuner(Front):
             if place.type not in ("cpu", "meta"):
                 adapter.to(place)
         starts.begin(config, site, adapter)
+        adapter.train(module.training)
         parent, _, last = path.rpartition(".")
         above = _seen(model, parent)
+        if isinstance(adapter, LowRankParameters):
+            parameters.put(above, last, adapter, name, config)
+            return
         here = cast(nn.Module, above._modules[last])
         front = next((f for f in site.__dict__.get("fronts", ()) if isinstance(f, LAYERS[self.KIND])), None)
         if front is None:
             front = front_class(self.KIND, module)(cast(Any, here))
             setattr(above, last, front)
-        adapter.train(module.training)
         front.add(name, adapter, config)
 
     def _freeze(self, model: nn.Module) -> None:
