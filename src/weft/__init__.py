@@ -37,8 +37,10 @@ _HOME = {
     "adapt": "weft.adapters",
     "combine": "weft.adapters",
     "convert": "weft.adapters",
+    "eva": "weft.adapters.eva",
     "extract": "weft.adapters.extract",
     "load": "weft.adapters",
+    "loftq_": "weft.adapters.loftq",
     "merge": "weft.adapters",
     "remove": "weft.adapters",
     "rows": "weft.adapters",
@@ -57,7 +59,9 @@ __all__ = [*sorted(_HOME), "__version__"]
 
 if TYPE_CHECKING:
     from weft.adapters import adapt, combine, convert, load, merge, remove, rows, save, summary, unmerge, use, using
+    from weft.adapters.eva import eva
     from weft.adapters.extract import extract
+    from weft.adapters.loftq import loftq_
     from weft.core import Adapter, Method, Site, WeftError
     from weft.methods import (
         IA3,

@@ -100,6 +100,7 @@ def test_unknown_keys_all_at_once_with_the_nearest():
         ("train.device", "gpu", "train.device: 'gpu' is not \"auto\""),
         ("train.device", "cuda:77", "train.device: 'cuda:77' is not here; torch sees"),
         ("train.tokens", 0, "train.tokens: 0 must be at least 1"),
+        ("base", "nf5", "base: base='nf5' is not one of"),
     ],
 )
 def test_wrong_values(key, value, said):

@@ -33,9 +33,11 @@ def saving(out: Path) -> bool:
         (5, {"method": "Full", "train__lr": 1e-3, "train__epochs": 40.0, "train__steps": None, "train__save_seconds": 0.05,
              "train__patience": 6, "train__eval_every": 7, "data__packing": False, "train__accumulate": 3}),
         (4, {"method__init": "pissa", "method__train_A": False, "train__steps": 160, "train__save_every": 3, "train__eval_every": 40}),
+        (4, {"method__init": "eva", "method__train_A": False, "train__steps": 160, "train__save_every": 3, "train__eval_every": 40}),
+        (4, {"method__init": "loftq", "base": "nf4", "train__steps": 160, "train__save_every": 3, "train__eval_every": 40}),
         (6, {"method": "AdaLoRA", "train__steps": 240, "train__save_every": 3, "train__eval_every": 40}),
     ],
-    ids=["lora", "full", "pissa", "adalora"],
+    ids=["lora", "full", "pissa", "eva", "loftq", "adalora"],
 )  # fmt: skip
 def test_killed_and_resumed_is_never_stopped(tmp_path, kills, overrides, capsys):
     for folder in ("warm", "calm", "wild"):

@@ -16,7 +16,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from weft.core import WeftError
-from weft.train import Recipe, Result, fit, load_recipe
+from weft.train import Recipe, Result, fit, load_recipe, run_recipe
 
 CONTEXT = multiprocessing.get_context("forkserver")  # real processes that can be killed, without importing torch for each
 CONTEXT.set_forkserver_preload(["tiny_run"])
@@ -72,7 +72,14 @@ def recipe(folder: Path, **overrides: Any) -> Recipe:
 
 
 def run(folder: Path, **overrides: Any) -> Result:
-    return fit(model(), recipe(folder, **overrides), tokenizer=tokenizer())
+    if "base" not in overrides:
+        return fit(model(), recipe(folder, **overrides), tokenizer=tokenizer())
+    base = folder.parent / "base"  # packed as it is read; one path, which stands in the adapter's configuration
+    if not base.is_dir():
+        model().save_pretrained(folder / "making")
+        tokenizer().save_pretrained(folder / "making")
+        (folder / "making").rename(base)
+    return run_recipe(recipe(folder, model=str(base), **overrides))
 
 
 def start(folder: Path, overrides: dict[str, Any], limit: int = resource.RLIM_INFINITY) -> BaseProcess:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from math import ceil
 from typing import Any, TypeVar, cast
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from weft.adapters.attach import active, adapt, attach, attached, check_new, remove, use, using
+from weft.adapters.combine_algebra import leading
 from weft.adapters.targets import find
 from weft.core import Adapter, Around, Site, WeftError, features, is_linear
 from weft.methods.lora import LoRA, LowRank
@@ -30,27 +31,33 @@ class Watch(Adapter):
     def forward(self, layer: Site | Around, x: Tensor) -> Tensor:
         rows = x.detach().reshape(-1, x.shape[-1]).float()
         self.energy += float(rows.square().sum())
-        _, S, Vh = torch.linalg.svd(rows if self.seen is None else torch.cat((self.seen, rows)), full_matrices=False)
-        self.seen = S[: self.most, None] * Vh[: self.most]
+        made, _ = leading((rows if self.seen is None else torch.cat((self.seen, rows)))[None], self.most)
+        A = made.A[0]  # √S Vᵀ; by iteration where the matrix is large: exact SVDs would take an hour for an 8B model
+        self.seen = A.norm(dim=1, keepdim=True) * A
         return cast(Tensor, layer.frozen(x))
 
 
 @torch.no_grad()
-def eva(model: Model, method: LoRA, batches: Iterable[Any], *, name: str = "default", rho: float = 1.0) -> Model:
+def eva(
+    model: Model, method: LoRA, batches: Iterable[Any], *, name: str = "default", rho: float = 1.0,
+    call: Callable[[Any], Any] | None = None,
+) -> Model:  # fmt: skip
     """Attach a LoRA whose A starts as the first right singular vectors of each layer's inputs; B starts at zero.
 
     Args:
-        method: On linear layers, with the usual start ("kaiming"): A is filled here.
+        method: On linear layers, with init="eva" or the usual one: A is filled here, and the file is a plain LoRA's.
         batches: What the model is called with: dictionaries of its keywords, or single tensors. Padding counts as data: give none.
         rho: Above 1, ranks move to layers where directions explain more of the inputs: a layer gets up to ρ · rank, and the ranks'
             sum stays.
+        call: How the model is called with a batch, if otherwise.
     Raises:
         WeftError: another method or start, a target that is no linear layer, too few inputs for the ranks; what `adapt` raises.
     """
     check_new(model, name)
     found = cast("dict[str, Any]", find(model, method))
-    if type(method) is not LoRA or method.init != "kaiming" or rho < 1 or not all(map(is_linear, found.values())):
-        raise WeftError("eva takes a weft.LoRA on linear layers, with its usual init, and a rho of at least 1")
+    if type(method) is not LoRA or method.init not in ("kaiming", "eva") or rho < 1 or not all(map(is_linear, found.values())):
+        raise WeftError('eva takes a weft.LoRA on linear layers, with init="eva" or the usual one, and a rho of at least 1')
+    method = replace(method, init="kaiming")
     ranks = {p: method.scaled(p) for p in found}
     watches = {p: Watch(min(ceil(rho * ranks[p][0]), features(m)[0])) for p, m in found.items()}
     for watch in watches.values():
@@ -60,6 +67,9 @@ def eva(model: Model, method: LoRA, batches: Iterable[Any], *, name: str = "defa
     try:
         with using(model, f"{name} watches"):
             for batch in batches:
+                if call is not None:
+                    call(batch)
+                    continue
                 model(**batch) if isinstance(batch, dict) or hasattr(batch, "keys") else model(batch)
     finally:
         remove(model, f"{name} watches")
@@ -67,12 +77,14 @@ def eva(model: Model, method: LoRA, batches: Iterable[Any], *, name: str = "defa
     short = [p for p, w in watches.items() if w.seen is None or len(w.seen) < w.most]
     if short:
         raise WeftError(f"the batches hold too few inputs for the rank of {', '.join(short[:5])}: give more")
-    shares = [(float(s) ** 2 / max(w.energy, 1e-30), p) for p, w in watches.items() for s in cast(Tensor, w.seen).norm(dim=1)]
-    chosen = sorted(shares, key=lambda share: -share[0])[: sum(r for r, _ in ranks.values())] if rho > 1 else None
-    got = {p: ranks[p][0] if chosen is None else sum(q == p for _, q in chosen) for p in found}
-    exact = {f"^{re.escape(p)}": r for p, r in got.items() if r}
-    alphas = {f"^{re.escape(p)}": ranks[p][1] * (r**0.5 if method.rslora else r) for p, r in got.items() if r}
-    adapt(model, replace(method, targets=tuple(p for p, r in got.items() if r), rank_pattern=exact, alpha_pattern=alphas), name=name)
+    if rho > 1:
+        shares = [(float(s) ** 2 / max(w.energy, 1e-30), p) for p, w in watches.items() for s in cast(Tensor, w.seen).norm(dim=1)]
+        chosen = [p for _, p in sorted(shares, key=lambda share: -share[0])[: sum(r for r, _ in ranks.values())]]
+        got = {p: chosen.count(p) for p in found if p in chosen}
+        alphas = {f"^{re.escape(p)}": ranks[p][1] * (r**0.5 if method.rslora else r) for p, r in got.items()}
+        exact = {f"^{re.escape(p)}": r for p, r in got.items()}
+        method = replace(method, targets=tuple(got), rank_pattern=exact, alpha_pattern=alphas)
+    adapt(model, method, name=name)
     for path, adapter in attached(model, name).items():
         seen = watches[path].seen if path in watches else None
         if isinstance(adapter, LowRank) and seen is not None:

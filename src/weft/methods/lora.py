@@ -15,6 +15,7 @@ from typing import ClassVar, Literal
 from torch import Tensor, nn
 
 from weft.core import Adapter, Method, Site, WeftError, base_class, by_pattern, is_conv, is_linear, several
+from weft.methods.lora_init import ELSEWHERE
 from weft.methods.lora_layers import LowRankConv, LowRankEmbedding
 from weft.methods.lora_linear import Factors, LowRank
 from weft.methods.lora_start import FROM_BASE, LowRankFrom
@@ -36,7 +37,9 @@ class LoRA(WithTokens, Method):
         lr_ratio: LoRA+: B learns this many times as fast as A (the paper suggests 16).
         init: How A starts: "kaiming" (uniform in ±1/√in) or "gaussian" (standard deviation 1 / rank); B starts at zero. Or "orthogonal",
             on linear layers: neither starts at zero, but their product does; the rank must be even. Or, on linear layers, from the
-            base's own weight: "pissa", "pissa_niter_N" (its singular vectors, exactly or by N rounds of iteration) or "olora" (QR).
+            base's own weight: "pissa", "pissa_niter_N" (its singular vectors, exactly or by N rounds of iteration) or "olora" (QR). Or,
+            in `weft train`, from more than the model: "eva" (A from the first batches of the training data) or "loftq" (from what packing
+            the base lost).
         bias: Train biases of the base too: "none", "lora_only" (those of the targets) or "all".
         lora_bias: Give B a bias of its own.
         train_A: False is LoRA-FA (Zhang et al. 2023, arXiv:2308.03303): A stays as it started, on linear layers and convolutions, which
@@ -68,9 +71,11 @@ class LoRA(WithTokens, Method):
             object.__setattr__(self, "target_parameters", tuple(self.target_parameters))
         ranks = [self.rank, *self.rank_pattern.values()]
         wrong = [f"a rank of {r}: a rank is a whole number of at least 1" for r in ranks if not isinstance(r, int) or r < 1]
-        if self.init not in ("kaiming", "gaussian", "orthogonal") and not FROM_BASE.fullmatch(self.init):
-            known = "kaiming, gaussian, orthogonal, pissa, pissa_niter_N (N rounds, as pissa_niter_16), olora"
+        if self.init not in ("kaiming", "gaussian", "orthogonal", *ELSEWHERE) and not FROM_BASE.fullmatch(self.init):
+            known = "kaiming, gaussian, orthogonal, pissa, pissa_niter_N (N rounds, as pissa_niter_16), olora, eva, loftq"
             wrong.append(f"init={self.init!r}: there are {known}")
+        if self.init in ELSEWHERE and type(self) is not LoRA:
+            wrong.append(f"init={self.init!r}: that start is for weft.LoRA alone")
         if not 0 <= self.dropout < 1:
             wrong.append(f"a dropout of {self.dropout}: a probability is at least 0 and below 1")
         if wrong:
@@ -120,6 +125,8 @@ class LoRA(WithTokens, Method):
                        alpha_pattern={p: more * a for p, a in self.alpha_pattern.items()}, init="kaiming")  # fmt: skip
 
     def build(self, layer: Site, path: str) -> Adapter:
+        if self.init in ELSEWHERE:
+            raise WeftError(f"init={self.init!r} is made by {ELSEWHERE[self.init]}")
         return self.kind(layer)(self, layer, *self.scaled(path))
 
     def also(self, modules: Mapping[str, nn.Module], targets: Mapping[str, nn.Module]) -> dict[str, tuple[str, ...]]:

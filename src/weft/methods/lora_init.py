@@ -7,6 +7,12 @@ from torch import Tensor
 
 from weft.core import WeftError
 
+# starts that need more than the model: who makes them, and out of what
+ELSEWHERE = {
+    "eva": "weft.eva(model, method, batches), which looks at data; `weft train` does that with its own",
+    "loftq": "weft.loftq_(model, method, 'nf4'), which packs a model that is not packed yet; `weft train` does that with `base: nf4`",
+}
+
 
 def orthogonal(A: Tensor, B: Tensor) -> None:
     """Fill A (rank, in) and B (out, rank): their ranks lie in orthogonal halves of ℝ^rank, so that BA = 0 though neither is zero.

@@ -17,7 +17,8 @@ from torch import nn
 import weft.adapters
 from weft.core import WeftError, base_class
 from weft.data import Batch, Batches, Row, load_rows, prepare, split_rows
-from weft.models import attention, load_base, load_tokenizer
+from weft.models import attention, load_tokenizer
+from weft.train import start
 from weft.train.evaluate import Match, exact_match
 from weft.train.guard import Diverged, Signals
 from weft.train.loop import train
@@ -50,9 +51,8 @@ class Result:
 def run_recipe(recipe: Recipe, *, resume: str = "auto", overwrite: bool = False, on_event: Callable[[Event], None] | None = None) -> Result:
     """Load the recipe's base and tokenizer and `fit`: what `weft train` does."""
     checked(recipe)
-    Output(recipe, resume, overwrite)  # a folder that cannot be used is told before a large base is loaded
-    device = None if recipe.train.device == "auto" else recipe.train.device
-    model = load_base(recipe.model, base=recipe.base, device=device)
+    output = Output(recipe, resume, overwrite)  # a folder that cannot be used is told before a large base is loaded
+    model = start.load([recipe], [output])
     return fit(model, recipe, tokenizer=load_tokenizer(recipe.model), resume=resume, overwrite=overwrite, on_event=on_event)
 
 
@@ -93,7 +93,7 @@ def fit(
     with _threads(recipe.train.threads), Signals() as signals:
         data = _Data(model, recipe, tokenizer)
         show.text(data.report)
-        with _adapted(model, recipe):
+        with _adapted(model, recipe, data.batches, output):
             show.text(str(weft.adapters.summary(model)))
             run = Run(model, recipe, data.batches, data.evaluations, output, signals, tell)
             try:
@@ -164,14 +164,14 @@ def fingerprint(*sets: Sequence[Any]) -> str:
 
 
 @contextmanager
-def _adapted(model: nn.Module, recipe: Recipe) -> Iterator[None]:
+def _adapted(model: nn.Module, recipe: Recipe, batches: Batches, output: Output) -> Iterator[None]:
     """The adapter on the model and alone requiring gradients, for the length of the run; taken off again when the run fails."""
     new = recipe.name not in weft.adapters.names(model)
     before, training = weft.adapters.active(model), model.training
     torch.manual_seed(recipe.seed)
     random.seed(recipe.seed)
     if new:
-        weft.adapters.adapt(model, recipe.method, recipe.name)
+        start.attach(model, recipe, batches, output)
     elif recipe.name not in before:
         weft.adapters.use(model, recipe.name)
     ours = {id(p) for p in weft.adapters.trainable(model, recipe.name).values()}

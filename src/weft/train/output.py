@@ -74,6 +74,11 @@ class Output:
             raise WeftError(f"{self.folder}: holds an unfinished run of this recipe, and resuming was ruled out. {how}")
         return True
 
+    def latest(self) -> Path | None:
+        """The checkpoint from which the run that is there goes on."""
+        found = checkpoint.steps(self.checkpoints) if self.resumed else []
+        return found[-1] if found else None
+
     def _run(self) -> dict[str, Any] | None:
         try:
             run = json.loads((self.folder / "run.json").read_text(encoding="utf-8"))
@@ -121,8 +126,7 @@ class Output:
         checkpoint.write_text(self.folder / "recipe.yaml", dump_recipe(self.recipe))
         self.checkpoints.mkdir(exist_ok=True)
         checkpoint.sweep(self.checkpoints)
-        found = checkpoint.steps(self.checkpoints)
-        return found[-1] if found else None
+        return self.latest()
 
     def finish(self, adapter: Any, figures: Mapping[str, Any]) -> int:
         """Save the adapter (`adapter` is called with a folder) and mark the run as finished; returns the adapter's bytes."""

@@ -16,6 +16,7 @@ from weft.core import Method, WeftError
 from weft.data import DataConfig
 from weft.methods import LoRA
 from weft.models import parse_base
+from weft.quant import FORMATS
 
 
 @dataclass
@@ -145,9 +146,11 @@ def check(recipe: Recipe) -> list[str]:
             problems.append(text)
 
     try:
-        parse_base(recipe.base)
-    except WeftError as e:
-        problems.append(f"base: {e}")
+        packed = parse_base(recipe.base)[0] in FORMATS
+        lossy = isinstance(recipe.method, LoRA) and recipe.method.init == "loftq"
+        need(packed or not lossy, f"method.init: loftq begins with what packing loses, and base is {recipe.base!r}: write base: nf4")
+    except WeftError as error:  # not e, which would be gone afterwards
+        problems.append(f"base: {error}")
     need(t.lr is None or t.lr > 0, f"train.lr: {t.lr} must be above 0 (null takes the method's default)")
     need(t.warmup >= 0, f"train.warmup: {t.warmup} must not be below 0")
     need(0 <= t.lr_end <= 1, f"train.lr_end: {t.lr_end} is a share of train.lr, from 0 to 1")

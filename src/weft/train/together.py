@@ -19,8 +19,9 @@ from torch import nn
 import weft.adapters
 from weft.core import WeftError
 from weft.data import join
-from weft.models import load_base, load_tokenizer
+from weft.models import load_tokenizer
 from weft.step import fusible, loss_sums
+from weft.train import start
 from weft.train.fit import Result, _adapted, _base, _Data, _device, _finish, _plan, _threads
 from weft.train.guard import Diverged, Interrupted, Signals
 from weft.train.loop import update
@@ -64,10 +65,8 @@ def run_recipes(
 ) -> list[Result]:
     """Load the recipes' one base and `fit_together`: what `weft train` does with a recipe that has `runs`."""
     _alike([checked(r) for r in recipes])
-    for recipe in recipes:
-        Output(recipe, resume, overwrite)  # a folder that cannot be used is told before a large base is loaded
-    first = recipes[0]
-    model = load_base(first.model, base=first.base, device=None if first.train.device == "auto" else first.train.device)
+    outputs = [Output(r, resume, overwrite) for r in recipes]  # a folder that cannot be used is told before a large base is loaded
+    first, model = recipes[0], start.load(recipes, outputs)
     return fit_together(model, recipes, tokenizer=load_tokenizer(first.model), resume=resume, overwrite=overwrite, on_event=on_event)
 
 
@@ -102,7 +101,7 @@ def fit_together(
         data: list[_Data] = []
         for recipe, output, show in zip(recipes, outputs, shows, strict=True):
             data.append(_Data(model, recipe, tokenizer))
-            after.enter_context(_adapted(model, recipe))
+            after.enter_context(_adapted(model, recipe, data[-1].batches, output))
             run = Run(model, recipe, data[-1].batches, data[-1].evaluations, output, signals, _teller(recipe.name, show, on_event))
             after.callback(output.close)
             after.callback(run.close)
