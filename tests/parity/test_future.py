@@ -35,6 +35,7 @@ THEIRS: dict[str, Callable[[], Any]] = {
     "LOHA": lambda: peft.LoHaConfig(r=2, target_modules=["q_proj"]),
     "LOKR": lambda: peft.LoKrConfig(r=2, target_modules=["q_proj"]),
     "OFT": lambda: peft.OFTConfig(oft_block_size=4, target_modules=["q_proj"]),
+    "TRAINABLE_TOKENS": lambda: peft.TrainableTokensConfig(token_indices=[3, 5], target_modules=["embed_tokens"]),
     "PREFIX_TUNING": lambda: peft.PrefixTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"),
     "PROMPT_TUNING": lambda: peft.PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"),
     "P_TUNING": lambda: peft.PromptEncoderConfig(num_virtual_tokens=2, encoder_hidden_size=8, task_type="CAUSAL_LM"),
