@@ -66,7 +66,7 @@ def write(model: nn.Module, adapters: Mapping[str, Adapter], folder: str | os.Pa
     own = {path: a for path, a in adapters.items() if path not in saved}
     config: dict[str, Any] = {
         "auto_mapping": None, "base_model_name_or_path": _origin(model), "inference_mode": True, "peft_type": format.peft_type,
-        "revision": None, "task_type": _task(model),
+        "revision": None, "task_type": task_of(model),
     } | format.write(method, model, own) | next(iter(adapters.values())).__dict__.get("unknown", {})  # fmt: skip
     kept = [m.removeprefix("re:") for m in several(method.modules_to_save)] or None
     if not format.peft_type.startswith(OWN) and (kept or format.keeps):
@@ -268,7 +268,7 @@ def _origin(model: nn.Module) -> str | None:
 
 def _check_task(config: Mapping[str, Any], model: nn.Module) -> None:
     """Raise WeftError if the file was made for a head that this model does not have, or for a task that there is not."""
-    given, here = config.get("task_type"), _task(model)
+    given, here = config.get("task_type"), task_of(model)
     known = {*TASKS.values(), "FEATURE_EXTRACTION"}
     if given is not None and given not in known:
         raise WeftError(f"task_type={given!r} is no task of peft's: there are {', '.join(sorted(known))}, and null for none")
@@ -279,7 +279,8 @@ def _check_task(config: Mapping[str, Any], model: nn.Module) -> None:
         )
 
 
-def _task(model: nn.Module) -> str | None:
+def task_of(model: nn.Module) -> str | None:
+    """What peft calls the task of a transformers model; None where there is no such task."""
     task = next((task for end, task in TASKS.items() if base_class(model).__name__.endswith(end)), None)
     if task == "SEQ_2_SEQ_LM":  # transformers names speech models and decoders that see pictures so too
         if not getattr(model.config, "is_encoder_decoder", False):
