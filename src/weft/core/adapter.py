@@ -87,6 +87,7 @@ class Mixture:
         self.parameters = tuple(p for a in adapters for p in a.parameters())
         self.cache: dict[Any, Any] = {}  # for `mixed`: whatever it wants to keep from one call to the next
         self.spans = _spans(rows.tolist())
+        self.together = len({slot for slot, *_ in self.spans}) == len(self.spans)  # whether each owner's rows are neighbours
 
     def versions(self) -> tuple[int, ...] | None:
         """How often each weight has been written to: what `mixed` derives from weights holds while these stay. None: not known."""
@@ -105,8 +106,8 @@ class Mixture:
 
     def forward(self, layer: Site, *inputs: Any, **kwargs: Any) -> Any:
         # Adapters that train together own long spans of neighbouring rows: slices and whole products beat gathered ones, whose backward
-        # pass scatters.
-        if torch.is_grad_enabled() and len(self.spans) <= len(self.adapters) + 1 and is_linear(layer) and len(inputs) == 1:
+        # pass scatters. Either way an adapter is called once, with all its rows in their order.
+        if torch.is_grad_enabled() and self.together and is_linear(layer) and len(inputs) == 1:
             return self._by_span(layer, inputs[0])
         return self.kind.mixed(self, layer, *inputs, **kwargs)
 

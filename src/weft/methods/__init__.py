@@ -1,6 +1,7 @@
 """One PEFT method a file: the paper, the equation, the hyper-parameters, the module."""
 
 from weft.methods.adalora import AdaLoRA
+from weft.methods.alora import ALoRA
 from weft.methods.bitfit import BitFit
 from weft.methods.bottleneck import Bottleneck
 from weft.methods.dora import DoRA
@@ -21,6 +22,7 @@ from weft.methods.vera import VeRA
 __all__ = [
     "IA3",
     "OFT",
+    "ALoRA",
     "AdaLoRA",
     "BitFit",
     "Bottleneck",

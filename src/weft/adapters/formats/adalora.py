@@ -41,6 +41,7 @@ FIELDS: dict[str, Field] = (
         "use_dora": Field(why="AdaLoRA has no magnitudes", neutral=False, refused=True),
         "bias": Field(why="AdaLoRA here trains triplets only; train biases with weft.BitFit beside it", neutral="none", refused=True),
         "target_parameters": Field(why="AdaLoRA is for layers here", refused=True),
+        "alora_invocation_tokens": Field(why="AdaLoRA acts on every token", refused=True),
     }
 )  # fmt: skip
 

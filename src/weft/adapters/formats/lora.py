@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,11 +13,13 @@ from torch import Tensor, nn
 from weft.adapters.formats.base import COMMON, Field, Format, checked, short_names, whole
 from weft.adapters.formats.common import LAYERS, targets
 from weft.adapters.formats.trainable_tokens import TOKENS, beside, tokens
-from weft.core import Adapter, Method, Replaced, WeftError, several
-from weft.methods import DoRA, LoRA
+from weft.core import Adapter, Method, WeftError, several
+from weft.methods import ALoRA, DoRA, LoRA
+from weft.methods.alora import Activated
 from weft.methods.dora import DecomposedConv, DecomposedEmbedding, DecomposedLinear
 from weft.methods.lora import LowRank
 from weft.methods.lora_layers import LowRankConv, LowRankEmbedding
+from weft.methods.lora_linear import Factors
 from weft.methods.lora_start import FROM_BASE, LowRankFrom
 from weft.methods.parameters import LowRankParameters
 from weft.methods.token_rows import TokenRows
@@ -30,6 +33,7 @@ NAMES: dict[type[Adapter], dict[str, str]] = {
     # peft wraps a module once for each of its parameters: the second lies inside the first one's wrapper, and so on
     LowRankParameters: {f"{f}{i}": f"{'base_layer.' * i}lora_{f}.weight" for f in "AB" for i in range(4)},
 }
+NAMES[Activated] = NAMES[LowRank]
 for _kind, _base in ((DecomposedLinear, LowRank), (DecomposedConv, LowRankConv), (DecomposedEmbedding, LowRankEmbedding)):
     NAMES[_kind] = NAMES[_base] | {"m": "lora_magnitude_vector"}
 
@@ -49,7 +53,7 @@ FIELDS: dict[str, Field] = COMMON | LAYERS | TOKENS | {
     "init_lora_weights": Field("init", why=_START),
     "fan_in_fan_out": Field(why="weft sees from the layer how its weight lies"),
     "target_parameters": Field("target_parameters"),
-    "alora_invocation_tokens": Field(why="weft does not compute it yet", refused=True),
+    "alora_invocation_tokens": Field("the method: weft.ALoRA, and its `invocation_tokens`"),
     "layer_replication": Field(why="it builds another model out of repeated layers; build that model first", refused=True),
     "use_qalora": Field(why=_ELSE, refused=True, neutral=False),
     "qalora_group_size": Field(why="belongs to use_qalora"),
@@ -69,10 +73,11 @@ FIELDS: dict[str, Field] = COMMON | LAYERS | TOKENS | {
 
 
 def _write_lora(method: LoRA, model: nn.Module, adapters: Mapping[str, Adapter]) -> dict[str, Any]:
-    low_rank = {p: a for p, a in adapters.items() if not isinstance(a, Replaced | LowRankParameters | TokenRows)}
+    low_rank = {p: a for p, a in adapters.items() if isinstance(a, Factors)}
     method = method.written()
     ranks, alphas = _patterns(method, low_rank)
-    return {
+    own = {"alora_invocation_tokens": list(method.invocation_tokens)} if isinstance(method, ALoRA) else {}
+    return own | {
         "r": method.rank, "lora_alpha": whole(method.alpha), "lora_dropout": method.dropout, "use_rslora": method.rslora,
         "use_dora": isinstance(method, DoRA), "bias": method.bias, "lora_bias": method.lora_bias,
         "init_lora_weights": method.init == "kaiming" or method.init, "target_modules": short_names(model, low_rank),
@@ -107,7 +112,10 @@ def _read_lora(config: Mapping[str, Any]) -> LoRA:
             "it means something else. Save it with peft's save_pretrained(..., path_initial_model_for_weight_conversion=...), which "
             "makes it plain; or, if the base here is the changed one, set init_lora_weights to true in adapter_config.json"
         )
-    kind = DoRA if config.get("use_dora") else LoRA
+    call = tuple(config.get("alora_invocation_tokens") or ())
+    if call and config.get("use_dora"):
+        raise WeftError("use_dora=True with alora_invocation_tokens: DoRA's norm is that of one weight for all tokens; set one of the two")
+    kind = partial(ALoRA, invocation_tokens=call) if call else DoRA if config.get("use_dora") else LoRA
     return kind(
         rank=config.get("r", 8), alpha=float(config.get("lora_alpha", 8)), dropout=float(config.get("lora_dropout", 0.0)),
         rslora=bool(config.get("use_rslora", False)), bias=config.get("bias", "none"), lora_bias=bool(config.get("lora_bias", False)),
@@ -118,7 +126,14 @@ def _read_lora(config: Mapping[str, Any]) -> LoRA:
 
 
 _NOTED = ("train_A", "lr_ratio")
+
+
+def _claims(config: Mapping[str, Any]) -> type[LoRA]:
+    return DoRA if config.get("use_dora") else ALoRA if config.get("alora_invocation_tokens") else LoRA
+
+
 FORMATS: dict[type[Method], Format] = {
-    LoRA: Format("LORA", _write_lora, _read_lora, FIELDS, lambda config: not config.get("use_dora"), _stored, noted=_NOTED),
-    DoRA: Format("LORA", _write_lora, _read_lora, FIELDS, lambda config: bool(config.get("use_dora")), noted=_NOTED),
+    LoRA: Format("LORA", _write_lora, _read_lora, FIELDS, lambda config: _claims(config) is LoRA, _stored, noted=_NOTED),
+    DoRA: Format("LORA", _write_lora, _read_lora, FIELDS, lambda config: _claims(config) is DoRA, noted=_NOTED),
+    ALoRA: Format("LORA", _write_lora, _read_lora, FIELDS, lambda config: _claims(config) is ALoRA, noted=_NOTED),
 }
