@@ -160,6 +160,17 @@ def test_rows_with_different_ones_none_and_other_methods() -> None:
     assert all(p.grad is not None for n in METHODS for p in trainable(model, n).values())
 
 
+def test_the_order_of_rows_does_not_matter() -> None:
+    model, ids = llama(), tokens(2, 6)
+    for name in ("prefix", "prompt"):
+        weft.adapt(model, METHODS[name], name)
+    with torch.no_grad():
+        with weft.rows(model, ["prompt", "prefix"]):
+            want = model(ids).logits
+        with weft.rows(model, ["prefix", "prompt"]):
+            assert torch.allclose(model(ids.flip(0)).logits.flip(0), want, atol=1e-6)
+
+
 def test_several_active_ones_stand_behind_each_other() -> None:
     model = llama()
     ids, mask = ragged()

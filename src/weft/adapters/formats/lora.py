@@ -22,7 +22,6 @@ from weft.methods.lora_layers import LowRankConv, LowRankEmbedding
 from weft.methods.lora_linear import Factors
 from weft.methods.lora_start import FROM_BASE, LowRankFrom
 from weft.methods.parameters import LowRankParameters
-from weft.methods.token_rows import TokenRows
 
 # adapter class -> its parameters' names -> peft's names after the module's path
 NAMES: dict[type[Adapter], dict[str, str]] = {
