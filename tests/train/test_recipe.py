@@ -44,8 +44,12 @@ def test_yaml_reads_naturally(tmp_path):
     assert recipe.data.train == ["a.jsonl", "b.jsonl"]
 
 
+NEEDED = {"ALoRA": {"invocation_tokens": (5, 6)}}  # hyper-parameters without which a method cannot be
+
+
 @pytest.mark.parametrize(
-    "method", [LoRA(rank=3, alpha=7.5, rank_pattern={"q_proj": 2}, targets=("q_proj",)), Full(), *(m() for m in METHODS.values())]
+    "method",
+    [LoRA(rank=3, alpha=7.5, rank_pattern={"q_proj": 2}, targets=("q_proj",)), *(m(**NEEDED.get(n, {})) for n, m in METHODS.items())],
 )
 def test_round_trip(method, tmp_path):
     recipe = load_recipe(DATA, {"train.lr": 1e-20, "train.steps": 7, "eval.rows": None, "train.patience": 2, "output": "out: it's # odd"})
@@ -55,6 +59,10 @@ def test_round_trip(method, tmp_path):
     assert load_recipe(tmp_path / "r.yaml") == recipe
     assert dump_recipe(load_recipe(tmp_path / "r.yaml")) == text
     assert load_recipe(to_dict(recipe)) == recipe
+
+
+def test_a_method_says_what_it_cannot_do_without():
+    assert "ids of one token or more" in problems(DATA | {"method": "ALoRA"})[0]
 
 
 def test_flags_go_on_top():
