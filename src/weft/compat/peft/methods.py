@@ -34,8 +34,8 @@ def method_of(config: Any, targets: list[str]) -> Method:
             )
         if values.get("alora_invocation_tokens"):
             raise WeftError(
-                "this face shows no activated LoRA yet. Build the adapter with weft.adapt(model, weft.ALoRA(invocation_tokens=...)), or load "
-                "its file with weft.load(model, folder)"
+                "this face shows no activated LoRA yet. Build the adapter with weft.adapt(model, weft.ALoRA(invocation_tokens=...)), or "
+                "load its file with weft.load(model, folder)"
             )
         method = format_for(values).read(values | ({"init_lora_weights": True} if "init_lora_weights" in values else {}))
         start = getattr(config, "init_lora_weights", True)
