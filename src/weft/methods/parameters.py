@@ -15,13 +15,16 @@ import torch
 from torch import Tensor, nn
 
 from weft.core import Adapter, Around, Method, Mixture, Site, WeftError, base_class, logical, matcher, numbers, plain, several
+from weft.kernels.low_rank import low_rank_add
+from weft.quant import routable, routed
+from weft.quant.experts import Add
 
 if TYPE_CHECKING:
     from weft.methods.lora import LoRA
 
 
 class LowRankParameters(Adapter):
-    """The updates of some parameters of one module, which is computed with W + s·BA in their place.
+    """The updates of some parameters of one module. Experts that keep transformers' contract are computed by `routed`, others as a whole.
 
     Args:
         names: Which parameters; the first one is the outermost in peft's files. Their factors are A0 and B0, A1 and B1, ...
@@ -40,31 +43,35 @@ class LowRankParameters(Adapter):
             self.register_parameter(f"A{i}", method.first(torch.empty(experts * rank, inside), rank))
             self.register_parameter(f"B{i}", nn.Parameter(torch.zeros(outside, rank * experts)))
 
-    def updates(self, module: Any) -> dict[str, Tensor]:
-        """s · B_e A_e of each parameter, fp32, in the parameter's own layout."""
+    def factors(self, module: Any) -> dict[str, tuple[Tensor, Tensor, float]]:
+        """A (experts, rank, in), B (experts, out, rank) and s of each parameter."""
         found = {}
         for i, (name, scale) in enumerate(zip(self.names, self.scales, strict=True)):
             shape = logical(module, name)[0]
             experts = shape[0] if len(shape) == 3 else 1
             A, B = cast(Tensor, self._parameters[f"A{i}"]), cast(Tensor, self._parameters[f"B{i}"])
-            A = A.view(experts, -1, A.shape[1])  # (experts, rank, in)
-            B = B.view(B.shape[0], -1, experts).permute(2, 0, 1)  # (experts, out, rank)
+            found[name] = (A.view(experts, -1, A.shape[1]), B.view(B.shape[0], -1, experts).permute(2, 0, 1), scale)
+        return found
+
+    def updates(self, module: Any) -> dict[str, Tensor]:
+        """s · B_e A_e of each parameter, fp32, in the parameter's own layout."""
+        found = {}
+        for name, (A, B, scale) in self.factors(module).items():
             delta = scale * (B @ A)
-            found[name] = (delta.mT if _transposed(module) else delta).reshape(shape)
+            found[name] = (delta.mT if _transposed(module) else delta).reshape(logical(module, name)[0])
         return found
 
     def forward(self, layer: Site | Around, *inputs: Any, **kwargs: Any) -> Any:
-        module, seen, total = plain(layer), layer, self.updates(plain(layer))
+        module, seen, stack = plain(layer), layer, [self]
         while type(seen) is Around and isinstance(seen.inner, LowRankParameters):  # several that are active add up
-            for name, delta in seen.inner.updates(module).items():
-                total[name] = total[name] + delta if name in total else delta
+            stack.append(seen.inner)
             seen = seen.layer
         if type(seen) is Around:
             raise WeftError("an adapter on the parameters of a module stands beside its like only; let one of them work at a time")
-        base: Any = object.__new__(base_class(module))  # the same state under the base's own class, so that its forward has no slot
-        base.__dict__ = module.__dict__
-        own = {name: numbers(module, name) + delta.to(logical(module, name)[1]) for name, delta in total.items()}
-        return torch.func.functional_call(base, own, inputs, kwargs)
+        if not kwargs and routable(module, {name for a in stack for name in a.names}, inputs):
+            x, chosen, weights = inputs
+            return routed(module, x, chosen, weights, _adding(module, stack))
+        return whole(module, stack, *inputs, **kwargs)
 
     def merged(self, layer: Site | Around) -> dict[str, Tensor]:
         module = plain(layer)
@@ -78,6 +85,33 @@ class LowRankParameters(Adapter):
             spread = Mixture(mixture.adapters, mixture.rows.repeat_interleave(tokens // rows), mixture.path)
             return super().mixed(spread, layer, *inputs, **kwargs)
         return super().mixed(mixture, layer, *inputs, **kwargs)
+
+
+def _adding(module: Any, stack: Sequence[LowRankParameters]) -> Add:
+    """y + s · B_e (A_e x) for each adapter of the stack."""
+    mine: dict[str, list[tuple[Sequence[Tensor], Sequence[Tensor], float]]] = {}
+    for adapter in stack:
+        for name, (A, B, scale) in adapter.factors(module).items():
+            mine.setdefault(name, []).append((A.unbind(), B.contiguous().unbind(), scale))
+
+    def add(name: str, expert: int, x: Tensor, y: Tensor) -> Tensor:
+        for A, B, scale in mine.get(name, ()):
+            y = low_rank_add(y, x, A[expert], B[expert], scale)
+        return y
+
+    return add
+
+
+def whole(module: Any, stack: Sequence[LowRankParameters], *inputs: Any, **kwargs: Any) -> Any:
+    """What any module computes with W + s·BA in its parameters' places: the twin of `routed`, at a weight-sized sum for each of them."""
+    total: dict[str, Tensor] = {}
+    for adapter in stack:
+        for name, delta in adapter.updates(module).items():
+            total[name] = total[name] + delta if name in total else delta
+    base: Any = object.__new__(base_class(module))  # the same state under the base's own class, so that its forward has no slot
+    base.__dict__ = module.__dict__
+    own = {name: numbers(module, name) + delta.to(logical(module, name)[1]) for name, delta in total.items()}
+    return torch.func.functional_call(base, own, inputs, kwargs)
 
 
 def _transposed(module: Any) -> bool:

@@ -2,8 +2,10 @@
 
 from weft.quant import bitsandbytes, eight_bit, four_bit, mxfp4
 from weft.quant.convert import Packing, QuantReport, bits, candidates, install, packable, quantise_, relative_error, roundtrip
+from weft.quant.decoding import Decoding
+from weft.quant.experts import projections, routable, routed
 from weft.quant.formats import FORMATS, Format, format_of, writable
-from weft.quant.layers import Decoding, Quantised, QuantLinear, computing, dense, is_quantised, settle
+from weft.quant.layers import Quantised, QuantLinear, computing, dense, is_quantised, settle
 
 __all__ = [
     "FORMATS",
@@ -25,9 +27,12 @@ __all__ = [
     "is_quantised",
     "mxfp4",
     "packable",
+    "projections",
     "quantise_",
     "relative_error",
     "roundtrip",
+    "routable",
+    "routed",
     "settle",
     "writable",
 ]

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from weft.core import Site, WeftError, is_conv1d, modules
+from weft.quant.decoding import with_packed
 from weft.quant.formats import Format, format_of
-from weft.quant.layers import QuantLinear, is_quantised, with_packed
+from weft.quant.layers import QuantLinear, is_quantised
 
 
 @dataclass(frozen=True)

@@ -129,8 +129,16 @@ class FourBit(Format):
         block = block_size(numel, absmax.numel())
         if each % block:
             return None
-        scale = scales(absmax, tensors.get("nested_absmax"), tensors.get("nested_offset")).view(shape[0], -1)
-        return {"weight": tensors["weight"].view(shape[0], -1)[index], "absmax": scale[index]}
+        second, blocks = tensors.get("nested_absmax"), each // block
+        here, weight = slice(index * blocks, (index + 1) * blocks), tensors["weight"].view(shape[0], -1)[index]
+        if second is None:
+            return {"weight": weight, "absmax": absmax.reshape(-1)[here]}
+        start, stop = here.start // NESTED, -(-here.stop // NESTED)
+        near, second = absmax.reshape(-1)[start * NESTED : stop * NESTED], second.reshape(-1)[start:stop]
+        if here.start % NESTED == 0 and blocks % NESTED == 0:
+            return {"weight": weight, "absmax": near, "nested_absmax": second, "nested_offset": tensors["nested_offset"]}
+        first = here.start - start * NESTED
+        return {"weight": weight, "absmax": scales(near, second, tensors["nested_offset"])[first : first + blocks]}
 
 
 class NF4Format(FourBit):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copyreg
 from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any, cast
@@ -123,28 +122,31 @@ class QuantLinear(Quantised, nn.Linear):
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         held = [self._buffers.get(f"weight_{key}") for key in self.form.beside]
         held += [None] * (3 - len(held))
-        y: Tensor = _Product.apply(x.to(dtype), self.form.name, self.shapes["weight"], self.weight, *held)  # type: ignore[no-untyped-call]
+        y: Tensor = Product.apply(x.to(dtype), self.form.name, self.shapes["weight"], False, self.weight, *held)  # type: ignore[no-untyped-call]
         return y if self.bias is None else y + self.bias.to(dtype)
 
 
-class _Product(torch.autograd.Function):
-    """x Wᵀ, with W from its packed tensors."""
+class Product(torch.autograd.Function):
+    """x Wᵀ, or x W where the layer holds W turned, with W from its packed tensors."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, base: str, shape: torch.Size, weight: Tensor, first: Tensor | None, second: Tensor | None, third: Tensor | None
-    ) -> Tensor:  # a slot for each tensor that a format may have: torch.compile mistakes a Function with *args
+        ctx: Any, x: Tensor, base: str, shape: torch.Size, turned: bool, weight: Tensor, first: Tensor | None, second: Tensor | None,
+        third: Tensor | None,
+    ) -> Tensor:  # a slot for each tensor that a format may have: torch.compile mistakes a Function with *args  # fmt: skip
         ctx.save_for_backward(weight, first, second, third)
-        ctx.base, ctx.shape = base, shape
+        ctx.base, ctx.shape, ctx.turned = base, shape, turned
         wide = computing(x.dtype, x.device)
-        return F.linear(x.to(wide), _decoded(base, shape, (weight, first, second, third), wide)).to(x.dtype)
+        W = _decoded(base, shape, (weight, first, second, third), wide)
+        return F.linear(x.to(wide), W.mT if turned else W).to(x.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> Any:
         wide = computing(g.dtype, g.device)
-        dx = g.to(wide) @ _decoded(ctx.base, ctx.shape, ctx.saved_tensors, wide, again=True)
-        return dx.to(g.dtype), None, None, None, None, None, None
+        W = _decoded(ctx.base, ctx.shape, ctx.saved_tensors, wide, again=True)
+        dx = g.to(wide) @ (W.mT if ctx.turned else W)
+        return dx.to(g.dtype), None, None, None, None, None, None, None
 
 
 def _decoded(base: str, shape: torch.Size, held: tuple[Any, ...], dtype: torch.dtype, again: bool = False) -> Tensor:
@@ -162,79 +164,6 @@ def computing(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """The dtype of a product: x's own, but fp32 on a CPU without AVX512-BF16 or AMX, where a 16-bit g·W takes 60 to 120 times as long."""
     narrow = device.type == "cpu" and dtype in (torch.bfloat16, torch.float16)
     return torch.float32 if narrow and not (dtype == torch.bfloat16 and _cpu_multiplies_in_16_bits()) else dtype
-
-
-class Decoding(Quantised):
-    """The mixin of any other layer with packed parameters, such as fused experts (experts, ...): its own forward, given the numbers.
-
-    All of the layer's numbers are decoded for one call. Autograd keeps none of them: what it would save is decoded again, by experts.
-    """
-
-    def forward(self, *inputs: Any, **kwargs: Any) -> Any:
-        packed = {name: self.tensors(name) for name in self.shapes if self.is_packed(name)}
-        if not packed:
-            return super().forward(*inputs, **kwargs)
-        numbers = {name: self.form.unpack(held, self.shapes[name], self.dtype) for name, held in packed.items()}
-        shell: Any = object.__new__(self.own)  # the same state under the layer's own class
-        shell.__dict__ = self.__dict__
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-            return torch.func.functional_call(shell, numbers, inputs, kwargs)
-        keep = _Forget(self, numbers, packed)
-        with torch.autograd.graph.saved_tensors_hooks(keep.pack, keep.unpack):
-            return torch.func.functional_call(shell, numbers, inputs, kwargs)
-
-
-class _Forget:
-    """Instead of a view of decoded experts autograd keeps where in which weight it lies."""
-
-    def __init__(self, layer: Decoding, numbers: dict[str, Tensor], packed: dict[str, dict[str, Tensor]]) -> None:
-        self.form, self.dtype, self.packed = layer.form, layer.dtype, packed
-        self.shapes = {name: layer.shapes[name] for name in packed}
-        self.owner = {t.untyped_storage().data_ptr(): name for name, t in numbers.items()}
-
-    def pack(self, t: Tensor) -> Any:
-        name = self.owner.get(t.untyped_storage().data_ptr()) if t.dtype == self.dtype else None
-        return t if name is None else (name, t.shape, t.stride(), t.storage_offset())
-
-    def unpack(self, kept: Any) -> Tensor:
-        if isinstance(kept, Tensor):
-            return kept
-        name, size, stride, offset = kept
-        shape = self.shapes[name]
-        each = shape[1:].numel()
-        first, reach = offset // each, sum((n - 1) * s for n, s in zip(size, stride, strict=True))
-        if (offset % each) + reach < each:
-            part = self.form.part(self.packed[name], shape, first)
-            if part is not None:
-                whole = self.form.unpack(part, shape[1:], self.dtype)
-                return whole.as_strided(size, stride, offset - first * each)
-        return self.form.unpack(self.packed[name], shape, self.dtype).as_strided(size, stride, offset)
-
-
-class _Made(type):
-    """The kind of the classes made here, which have no importable name; pickle goes by the class that each was made from."""
-
-    own: type
-
-
-@cache
-def _decoding(own: type) -> type:
-    return _Made(f"Quant{own.__name__}", (Decoding, own), {"__module__": own.__module__, "own": own})
-
-
-copyreg.pickle(_Made, lambda made: (_decoding, (made.own,)))  # type: ignore[arg-type, return-value]
-
-
-def with_packed(
-    module: nn.Module, tensors: Mapping[str, Mapping[str, Tensor]], shapes: Mapping[str, torch.Size], base: str, dtype: torch.dtype
-) -> None:
-    """Let parameters of any module be packed (name -> tensors, name -> shape as numbers): its class is swapped in place."""
-    quant = cast(Decoding, module)
-    module.__dict__.update(form=FORMATS[base], dtype=dtype, shapes=dict(shapes))
-    own: Any = type(module)
-    module.__class__ = _decoding(own)
-    for name, held in tensors.items():
-        quant.hold(name, held)
 
 
 def settle(module: nn.Module) -> None:

@@ -1,0 +1,106 @@
+"""A mixture's experts, computed one after another on the tokens that the router sent to each.
+
+    y = Σ_e p_e · V_e act(W_e x)
+
+Of packed weights one expert at a time is decoded, and none is kept for the backward pass. What a module must promise for this is
+transformers' contract for experts (`use_experts_implementation`), under which a forward that is not the module's own computes the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from weft.core import base_class
+from weft.kernels.scratch import real
+from weft.quant.layers import Product, Quantised
+
+Add = Callable[[str, int, Tensor, Tensor], Tensor]  # (parameter, expert, x, y) -> y with what an adapter adds; may write into y
+_PROMISED = ("num_experts", "has_gate", "has_bias", "is_transposed", "is_concatenated")
+
+
+def routable(module: Any, names: Collection[str], inputs: Sequence[Any]) -> bool:
+    """Whether `routed` can compute this call: the module keeps the contract, `names` are its projections, and the tensors are there."""
+    own: Any = getattr(base_class(module), "own", base_class(module))  # the class from before its parameters were packed
+    if not (hasattr(own.forward, "__wrapped__") and all(n in module.__dict__ for n in _PROMISED)):
+        return False
+    if len(inputs) != 3 or not all(isinstance(t, Tensor) and t.dim() == 2 for t in inputs) or not real(inputs[0]):
+        return False
+    return set(names) <= set(projections(module)) and all(_separable(module, n) for n in projections(module))
+
+
+def projections(module: Any) -> tuple[str, str]:
+    """The parameters on the way in and on the way out of an expert."""
+    return ("gate_up_proj" if module.has_gate else "up_proj", "down_proj")
+
+
+def routed(module: Any, x: Tensor, chosen: Tensor, weights: Tensor, add: Add | None = None) -> Tensor:
+    """What the experts make of x.
+
+    Args:
+        x: (tokens, width). chosen: (tokens, k), each token's experts; numbers of `num_experts` and above belong to other processes.
+        weights: (tokens, k), the router's. add: What to add to each expert's products.
+    """
+    owners, order = chosen.flatten().sort()
+    counts = torch.bincount(owners, minlength=module.num_experts)[: module.num_experts].tolist()
+    order = order[: sum(counts)]
+    if not len(order):
+        return torch.zeros_like(x)
+    first, second = projections(module)
+    h = _each(module, first, x[order // chosen.shape[1]], counts, add)
+    h = module._apply_gate(h) if module.has_gate else module.act_fn(h)
+    h = _each(module, second, h, counts, add)
+    if getattr(module, "has_post_expert_norm", False):
+        h = module.post_expert_norm(h)
+    h = h * weights.flatten()[order, None]
+    back = h.new_zeros(chosen.numel(), h.shape[1]).index_copy(0, order, h)  # summed in a fixed order, as index_add on a card is not
+    return back.view(*chosen.shape, -1).sum(1).to(x.dtype)
+
+
+def _each(module: Any, name: str, x: Tensor, counts: Sequence[int], add: Add | None) -> Tensor:
+    """W_e x + b_e of all tokens, which lie expert after expert, counts[e] for expert e."""
+    bias = getattr(module, f"{name}_bias") if module.has_bias else None
+    out = []
+    for e, part in enumerate(torch.split(x, list(counts))):
+        if not len(part):
+            continue
+        y = _product(module, name, e, part)
+        if bias is not None:
+            y = y + bias[e].to(y.dtype)
+        out.append(y if add is None else add(name, e, part, y))
+    return torch.cat(out)
+
+
+def _product(module: Any, name: str, expert: int, x: Tensor) -> Tensor:
+    """x Wᵀ with W = parameter[expert], in fresh memory."""
+    if not _packed(module, name):
+        W = module._parameters[name].detach()[expert]
+        return F.linear(x.to(W.dtype), W.mT if module.is_transposed else W)
+    part = module.form.part(module.tensors(name), module.shapes[name], expert)
+    kind = x.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else module.dtype
+    held = [part.get(key) for key in module.form.beside]
+    held += [None] * (3 - len(held))
+    shape = module.shapes[name][1:]
+    return Product.apply(x.to(dtype), module.form.name, shape, module.is_transposed, part["weight"], *held)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def _packed(module: Any, name: str) -> bool:
+    return isinstance(module, Quantised) and module.is_packed(name)
+
+
+def _separable(module: Any, name: str) -> bool:
+    """Whether one expert can be had without the others: no block of the format straddles two of them."""
+    return not _packed(module, name) or module.form.part(module.tensors(name), module.shapes[name], 0) is not None
+
+
+def pays(inputs: Sequence[Any]) -> bool:
+    """Whether experts with packed weights are computed faster one after another than decoded all at once; it always takes less memory.
+
+    On a CPU it is, whether all experts are hit or few (bench/results/experts.json). On a card many small launches cost more than they save.
+    """
+    return len(inputs) == 3 and isinstance(inputs[0], Tensor) and inputs[0].device.type == "cpu"
