@@ -11,10 +11,12 @@ import peft
 import pytest
 import torch
 
+import weft
 import weft.compat.peft as face
 from tests.compat.stories import STORIES, logits
 from tests.compat.stories_experts import EXPERTS
 from tests.compat.stories_more import MORE
+from tests.compat.stories_ranks import RANKS
 from tests.conftest import llama
 
 
@@ -47,9 +49,9 @@ def test_a_script_tells_the_same(story: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("story", [*MORE, *EXPERTS])
+@pytest.mark.parametrize("story", [*MORE, *EXPERTS, *RANKS])
 def test_so_do_other_methods_layers_and_tasks(story: str, tmp_path: Path) -> None:
-    script = (MORE | EXPERTS)[story]
+    script = (MORE | EXPERTS | RANKS)[story]
     same(script(peft, tmp_path / "peft"), script(face, tmp_path / "weft"), story)
 
 
@@ -62,6 +64,21 @@ def test_each_reads_what_the_other_wrote(story: str, tmp_path: Path) -> None:
     for model in read[1:]:
         same(logits(read[0]), logits(model), story)
     assert not any(p.requires_grad for p in read[2].parameters())
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_each_reads_the_ranks_that_the_other_left(tmp_path: Path) -> None:
+    """AdaLoRA at the end of its budget, some layers with no rank at all; without memory too, where peft breaks off."""
+    for package, folder in ((face, "weft"), (peft, "peft")):
+        RANKS["adalora_to_the_end"](package, tmp_path / folder)
+    for folder in ("weft", "peft"):
+        read = [package.PeftModel.from_pretrained(llama(), tmp_path / folder / "end") for package in (peft, face)]
+        thin = face.PeftModel.from_pretrained(llama(), tmp_path / folder / "end", low_cpu_mem_usage=True)
+        plain = weft.load(llama(), tmp_path / folder / "end")
+        ranks = [m.lora_E["default"].shape[0] for m in read[1].modules() if hasattr(m, "lora_E")]
+        assert min(ranks) == 0 and sum(ranks) == len(ranks)
+        for model in (read[1], thin, plain):
+            same(logits(read[0]), logits(model), folder)
 
 
 @pytest.mark.parametrize("name", sorted(n for n in peft.__all__ if n.endswith("Config") and n not in face.absent.NAMES))

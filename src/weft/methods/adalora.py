@@ -42,8 +42,9 @@ class Triplets(Adapter):
 
     def forward(self, layer: Site | Around, x: Tensor) -> Tensor:
         y: Tensor = layer.frozen(x)
-        if self.training and self.dropout:
-            x = F.dropout(x, self.dropout)
+        if not len(self.E):  # a saved layer to which the budget left nothing
+            return y
+        x = F.dropout(x, self.dropout) if self.training and self.dropout else x
         return low_rank_add(y, x, self.A * self.E, self.B, self.scale)
 
     def merged(self, layer: Site | Around) -> dict[str, Tensor]:

@@ -46,7 +46,7 @@ FIELDS: dict[str, Field] = (
 )  # fmt: skip
 
 
-def _left(adapter: Triplets) -> Tensor:
+def left(adapter: Triplets) -> Tensor:
     """(rank,) bool: the triplets that do something. One whose λ grew again since it was dropped stays."""
     return ~(adapter.dropped & (adapter.E.detach().flatten() == 0))
 
@@ -54,13 +54,13 @@ def _left(adapter: Triplets) -> Tensor:
 def _write(method: AdaLoRA, model: nn.Module, adapters: Mapping[str, Any]) -> dict[str, Any]:
     pattern, layers = {}, {p: a for p, a in adapters.items() if isinstance(a, Triplets)}
     for path, a in layers.items():
-        left = _left(a).tolist()
-        pattern[f"{path}.lora_E"] = left + [False] * (method.rank - len(left))
+        kept = left(a).tolist()
+        pattern[f"{path}.lora_E"] = kept + [False] * (method.rank - len(kept))
     return {
         "r": 8, "init_r": method.rank, "target_r": method.target_rank, "lora_alpha": whole(method.alpha), "lora_dropout": method.dropout,
         "tinit": method.tinit, "tfinal": method.tfinal, "deltaT": method.delta_t, "beta1": method.beta1, "beta2": method.beta2,
         "orth_reg_weight": method.orth_weight, "total_step": method.tinit + method.tfinal + 1, "bias": "none",
-        "rank_pattern": None if all(all(left) for left in pattern.values()) else pattern, "target_modules": short_names(model, layers),
+        "rank_pattern": None if all(all(kept) for kept in pattern.values()) else pattern, "target_modules": short_names(model, layers),
         "fan_in_fan_out": any(is_conv1d(model.get_submodule(p)) for p in layers),
     } | beside(method, adapters)  # fmt: skip
 
@@ -81,8 +81,8 @@ def _read(config: Mapping[str, Any]) -> AdaLoRA:
 def _stored(adapter: Any, parameter: str, tensor: Tensor) -> Tensor:
     if not isinstance(adapter, Triplets):
         return tensor
-    left = _left(adapter)
-    return tensor[:, left] if parameter == "B" else tensor[left]
+    kept = left(adapter)
+    return tensor[:, kept] if parameter == "B" else tensor[kept]
 
 
 FORMATS: dict[type[Method], Format] = {AdaLoRA: Format("ADALORA", _write, _read, FIELDS, stored=_stored)}

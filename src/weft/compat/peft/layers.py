@@ -311,6 +311,9 @@ class BaseTunerLayer(Front):
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         own: Any = next((p for p in self.get_base_layer()._parameters.values() if p is not None), None)
         target = device if device is not None else None if own is None else own.device
+        for key, buffer in self.slot[adapter_name]._buffers.items() if adapter_name in self.slot else ():
+            if buffer is not None and buffer.is_meta and key in self.slot[adapter_name]._non_persistent_buffers_set:
+                self.slot[adapter_name]._buffers[key] = torch.zeros_like(buffer, device=target)  # state of training: no file holds it
         if target is not None and adapter_name in self.slot and not any(p.is_meta for p in self.slot[adapter_name].parameters()):
             self.slot[adapter_name].to(target)
 

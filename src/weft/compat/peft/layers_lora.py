@@ -129,7 +129,8 @@ class AdaLoraLayer(LoraLayer):
 
     def _added(self, name: str, adapter: Adapter, config: Any) -> None:
         self.lora_alpha[name] = config.lora_alpha
-        self.ranknum[name] = nn.Parameter(torch.tensor(float(self.r[name])), requires_grad=False)  # peft's; nothing here reads it
+        method: Any = adapter.method  # peft's ranknum is the rank at the start, by which the scale goes; nothing here reads it
+        self.ranknum[name] = nn.Parameter(torch.tensor([float(method.rank if self.r[name] else 0)]), requires_grad=False)
         self.lora_dropout[name] = nn.Dropout(config.lora_dropout) if config.lora_dropout > 0 else nn.Identity()
 
     def get_delta_weight(self, adapter: str) -> Tensor:

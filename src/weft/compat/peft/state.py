@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
 
 from weft.adapters.formats import Format, format_of
+from weft.compat.peft.adalora import resized
 from weft.compat.peft.kinds import PeftType, as_value_error
 from weft.compat.peft.layers import BaseTunerLayer
 from weft.compat.peft.moe import fuse_state
@@ -75,6 +76,8 @@ def get_peft_model_state_dict(
     if config.is_prompt_learning:
         return dict(model.prompt_state(adapter_name))
     found = {file: state[live] for file, live in live_names(model, adapter_name, state).items() if live in state}
+    if config.peft_type == PeftType.ADALORA:
+        found = resized(config, _parts(model, adapter_name), found)
     found |= _biases(model, config, state)
     found |= _shared(model, adapter_name)
     found |= _embeddings(model, config, state, save_embedding_layers)
@@ -83,8 +86,12 @@ def get_peft_model_state_dict(
 
 def _of(model: nn.Module, name: str) -> tuple[Format, dict[str, Adapter]] | None:
     """How an adapter is written, and its parts by path."""
-    parts = {p: m.slot[name] for p, m in model.named_modules() if isinstance(m, BaseTunerLayer) and name in m.trains}
+    parts = _parts(model, name)
     return (format_of(type(next(iter(parts.values())).method)), parts) if parts else None
+
+
+def _parts(model: nn.Module, name: str) -> dict[str, Adapter]:
+    return {p: m.slot[name] for p, m in model.named_modules() if isinstance(m, BaseTunerLayer) and name in m.trains}
 
 
 def _shared(model: nn.Module, name: str) -> dict[str, Tensor]:

@@ -21,14 +21,49 @@ class LoraModel(BaseTuner):
     add_weighted_adapter = add_weighted_adapter
 
 
+class RankAllocator:
+    """The schedule of ranks. The importance of triplets is kept by the adapters themselves."""
+
+    def __init__(self, model: AdaLoraModel, peft_config: Any, adapter_name: str) -> None:
+        self.model, self.peft_config, self.adapter_name = model, peft_config, adapter_name
+
+    def set_total_step(self, total_step: int) -> None:
+        """Say how many steps there are, where that was not known before."""
+        self.peft_config.total_step = total_step
+
+    def budget_schedule(self, step: int) -> tuple[int, bool]:
+        """(how many triplets all layers may have after this step, whether they are shared out in it)."""
+        config, parts = self.peft_config, self.model._parts()
+        method: Any = next(iter(parts.values())).method
+        due = step > config.total_step - config.tfinal or (step > config.tinit and step % config.deltaT == 0)
+        return method.budget(step, config.total_step, len(parts)), due
+
+
 class AdaLoraModel(LoraModel):
     """AdaLoRA on a model."""
 
     tuner_layer_cls = layers_lora.AdaLoraLayer
     KIND = PeftType.ADALORA
 
+    @property
+    def trainable_adapter_name(self) -> str:
+        """The one adapter that trains."""
+        return next((n for n, c in self.peft_config.items() if not c.inference_mode), self.active_adapters[0])
+
+    @property
+    def rankallocator(self) -> RankAllocator:
+        return RankAllocator(self, self.peft_config[self.trainable_adapter_name], self.trainable_adapter_name)
+
+    def _check_new_adapter_config(self, config: Any) -> None:
+        super()._check_new_adapter_config(config)
+        if sum(not c.inference_mode for c in self.peft_config.values()) > 1:
+            raise ValueError(
+                f"{type(self).__name__} supports only 1 trainable adapter. When using multiple adapters, set inference_mode to True for "
+                "all adapters except the one you want to train."
+            )
+
     def _parts(self) -> dict[str, Adapter]:
-        name = self.active_adapters[0]
+        name = self.trainable_adapter_name
         return {p: m.slot[name] for p, m in self.model.named_modules() if isinstance(m, layers_lora.AdaLoraLayer) and name in m.trains}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -38,10 +73,20 @@ class AdaLoraModel(LoraModel):
         return out
 
     def update_and_allocate(self, global_step: int) -> None:
-        """Share the ranks out again: to be called after every optimiser step, before the gradients are cleared; steps count from 1."""
-        parts = self._parts()
-        config = self.peft_config[self.active_adapters[0]]
+        """Share the ranks out again: to be called after every optimiser step, before the gradients are cleared; steps count from 1.
+
+        What is left stands in `peft_config[...].rank_pattern` after each sharing-out.
+        """
+        parts, name = self._parts(), self.trainable_adapter_name
+        config, last = self.peft_config[name], self.peft_config[name].total_step - self.peft_config[name].tfinal
         next(iter(parts.values())).method.after_step(parts, global_step - 1, config.total_step)
+        if global_step == last or (config.tinit < global_step < last and global_step % config.deltaT == 0):
+            kept = {p: (~a.dropped).tolist() for p, a in parts.items()}  # type: ignore[operator, union-attr]
+            config.rank_pattern = {f"{p}.lora_E.{name}": flags for p, flags in kept.items()}
+
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:  # type: ignore[override]
+        """Not offered for AdaLoRA, as in peft."""
+        raise TypeError(f"{type(self).__name__} does not support add_weighted_adapter method.")
 
 
 class IA3Model(BaseTuner):
