@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import io
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +15,9 @@ import torch
 import weft
 import weft.compat.peft as face
 from tests.compat.stories import IDS, fill, logits
+from tests.compat.stories_alora import HOW, config, out
 from tests.conftest import llama
+from tests.contract.test_alora import rows
 from tests.parity.families import FAMILIES
 
 
@@ -156,6 +160,32 @@ def test_fused_experts_by_rows_and_packed(packed: bool) -> None:
         assert torch.equal(model(input_ids=ids).logits, alone["b"])
 
 
+def test_an_activated_lora(tmp_path: Path) -> None:
+    """Beams, and weft's own functions, on what peft only writes greedily."""
+    ids, mask = rows()
+    model = face.get_peft_model(llama(), config(face)).eval()
+    fill(model)
+    want = out(model)
+    how = HOW | {"num_beams": 3}
+    assert torch.equal(model.generate(**how), model.generate(**how, use_cache=False))
+    weft.save(model, tmp_path)
+    again = weft.load(llama(), tmp_path)
+    with torch.no_grad():
+        assert torch.equal(again(ids, attention_mask=mask).logits * mask[..., None], want)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(out(twin), want)
+        fill(twin, seed=2)
+        assert not torch.equal(out(twin), want) and torch.equal(out(model), want)
+    with weft.rows(model, ["default", None, "default", None]):
+        mixed = out(model)
+    with weft.using(model, None):
+        base = out(model)
+    assert torch.allclose(mixed[::2], want[::2], atol=1e-6) and torch.allclose(mixed[1::2], base[1::2], atol=1e-6)
+    inside = face.inject_adapter_in_model(config(face), llama()).eval()
+    fill(inside)
+    assert torch.equal(out(inside), want)
+
+
 def test_what_is_never_called_is_refused() -> None:
     with pytest.raises(ValueError, match="never calls it"):
         face.get_peft_model(torch.nn.TransformerEncoderLayer(8, 2, 16), face.LoraConfig(target_modules=["out_proj"]))
@@ -173,6 +203,7 @@ import sys, torch
 from peft import LoraConfig
 from importlib.metadata import version
 from tests.conftest import llama
+from tests.contract.test_alora import rows
 from tests.parity.families import FAMILIES
 assert version("peft") == weft.compat.peft.__version__
 ids = torch.arange(3, 9)[None]

@@ -14,6 +14,7 @@ import torch
 import weft
 import weft.compat.peft as face
 from tests.compat.stories import STORIES, logits
+from tests.compat.stories_alora import ALORA
 from tests.compat.stories_experts import EXPERTS
 from tests.compat.stories_more import MORE
 from tests.compat.stories_ranks import RANKS
@@ -49,9 +50,9 @@ def test_a_script_tells_the_same(story: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("story", [*MORE, *EXPERTS, *RANKS])
+@pytest.mark.parametrize("story", [*MORE, *EXPERTS, *RANKS, *ALORA])
 def test_so_do_other_methods_layers_and_tasks(story: str, tmp_path: Path) -> None:
-    script = (MORE | EXPERTS | RANKS)[story]
+    script = (MORE | EXPERTS | RANKS | ALORA)[story]
     same(script(peft, tmp_path / "peft"), script(face, tmp_path / "weft"), story)
 
 

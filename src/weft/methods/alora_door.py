@@ -24,9 +24,7 @@ class Door(Virtual):
         self.gate = gate
 
     def around(self, layer: Any, adapters: Sequence[Virtual], rows: Tensor | None, call: dict[str, Any]) -> Any:
-        ids = call.get("input_ids")
-        if ids is None:
-            raise WeftError("ALoRA finds its invocation among input_ids, and this call has none: give them in place of inputs_embeds")
+        ids = self.ids(call)
         past = next((c for name in ("past_key_values", "cache_params") if (c := call.get(name)) is not None), None)
         place = length(past) + torch.arange(ids.shape[1], device=ids.device)
         begun: list[tuple[Gate, Tensor, Tensor]] = []
@@ -51,6 +49,13 @@ class Door(Virtual):
                 for gate, _, off in begun:  # layers that are computed again in the backward pass ask again
                     value.register_hook(partial(gate.open, off))  # type: ignore[no-untyped-call]
         return out
+
+    def ids(self, call: dict[str, Any]) -> Tensor:
+        """(n, T) the tokens of a call."""
+        given: Tensor | None = call.get("input_ids")
+        if given is None:
+            raise WeftError("ALoRA finds its invocation among input_ids, and this call has none: give them in place of inputs_embeds")
+        return given
 
     def look(self, off: Tensor) -> None:
         """Warn if the training begins with a batch of which nothing is learned."""

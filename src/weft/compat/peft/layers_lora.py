@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from weft.compat.peft.layers import BaseTunerLayer
 from weft.compat.peft.views import Live
 from weft.core import Adapter, is_linear
+from weft.methods.alora import Activated
 from weft.methods.lora_linear import Factors
 
 
@@ -89,8 +90,15 @@ class LoraLayer(BaseTunerLayer):
             return delta.T if self.fan_in_fan_out else delta
         return super().get_delta_weight(adapter)
 
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Fold adapters into the weights, but for activated ones: peft's NotImplementedError."""
+        given = self.active_adapters if adapter_names is None else adapter_names
+        if any(n in self.trains and isinstance(self.slot[n], Activated) for n in given):
+            raise NotImplementedError(f"aLoRA does not support {'safe ' if safe_merge else ''}merging.")
+        super().merge(safe_merge, adapter_names)
+
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        return True
+        return not (adapter_name in self.trains and isinstance(self.slot[adapter_name], Activated))
 
 
 class Linear(LoraLayer):

@@ -32,11 +32,6 @@ def method_of(config: Any, targets: list[str]) -> Method:
                 "this face shows no trained tokens yet. Build the adapter with weft.adapt(model, weft.TrainableTokens(tokens=...)) or "
                 "weft.LoRA(trainable_token_indices=...), or load its file with weft.load(model, folder)"
             )
-        if values.get("alora_invocation_tokens"):
-            raise WeftError(
-                "this face shows no activated LoRA yet. Build the adapter with weft.adapt(model, weft.ALoRA(invocation_tokens=...)), or "
-                "load its file with weft.load(model, folder)"
-            )
         method = format_for(values).read(values | ({"init_lora_weights": True} if "init_lora_weights" in values else {}))
         start = getattr(config, "init_lora_weights", True)
         if isinstance(method, LoRA) and isinstance(start, str):

@@ -13,6 +13,7 @@ from torch import nn
 from transformers.utils import PushToHubMixin
 
 from weft.compat.peft import status
+from weft.compat.peft.activated import offsets_of
 from weft.compat.peft.config import DOWNLOAD, PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig
 from weft.compat.peft.kinds import PeftType
 from weft.compat.peft.prompting import Prompting
@@ -177,7 +178,13 @@ class PeftModel(Saving, Prompting, PushToHubMixin, Front):
             return self.base_model(*args, **{k: v for k, v in kwargs.items() if k not in SPECIAL})
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's own `generate`; `adapter_names` gives each row an adapter of its own ("__base__": none)."""
+        """The model's own `generate`; `adapter_names` gives each row an adapter of its own ("__base__": none).
+
+        Of an activated LoRA the invocation is looked for in all the tokens given, also those that are in `past_key_values` already.
+        """
+        if kwargs.get("past_key_values") is not None and kwargs.get("alora_offsets") is None and not self._is_prompt_learning:
+            ids = kwargs.get("input_ids", args[0] if args else None)
+            kwargs["alora_offsets"] = offsets_of(self.get_base_model(), ids, kwargs.get("adapter_names"), self.active_adapters)
         with self._enable_peft_forward_hooks(*args, **kwargs):
             model: Any = self.get_base_model()
             return model.generate(*args, **{k: v for k, v in kwargs.items() if k not in SPECIAL})

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from weft.adapters.attach import device_of
 from weft.compat.peft import parameters, starts
+from weft.compat.peft.activated import drop_door, put_door, told
 from weft.compat.peft.config import PeftConfig
 from weft.compat.peft.defaults import IA3_FEEDFORWARD, TARGETS
 from weft.compat.peft.families import LAYERS, front_class
@@ -162,8 +163,10 @@ class BaseTuner(Front):
             built |= parameters.build(method, everything, beyond)
         first = not fronts(model)
         trains = {} if first else {id(p): (p, p.requires_grad) for p in model.parameters()}
-        for path, adapter in built.items():
+        for adapter in built.values():
             adapter.method = method
+        put_door(model, built, adapter_name, [cast(Any, everything[p]) for p in targeted])
+        for path, adapter in built.items():
             self._put(model, path, everything[path], adapter, adapter_name, config, autocast and autocast_adapter_dtype)
         self.targeted_module_names += [p for p in targeted if p not in self.targeted_module_names]
         self.targeted_parameter_names += [p for p in beyond if p not in self.targeted_parameter_names]
@@ -248,6 +251,7 @@ class BaseTuner(Front):
             raise ValueError(f"Cannot delete adapter(s) {merged} while they are merged. Please unmerge them first.")
         del self.peft_config[adapter_name]
         self.active_adapter = delete_adapter(self.model, adapter_name, self.prefix, self.tuner_layer_cls) or []
+        drop_door(self.model, adapter_name)
 
     def enable_adapter_layers(self) -> None:
         """Let the chosen adapters work again."""
@@ -305,6 +309,7 @@ class BaseTuner(Front):
             else:
                 continue
             setattr(self.model.get_submodule(parent) if parent else self.model, last, put)
+        drop_door(self.model)
         self.model.__dict__.pop("peft_config", None)
         if merge:
             _untied(self.model)
@@ -312,9 +317,10 @@ class BaseTuner(Front):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        names = kwargs.pop("adapter_names", None)
+        names, offsets = kwargs.pop("adapter_names", None), kwargs.pop("alora_offsets", None)
         if names is None:
-            yield
+            with told(self.model, None, offsets):
+                yield
             return
         if self.training:
             raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
@@ -332,7 +338,8 @@ class BaseTuner(Front):
                 mine = list(names) if id(module) in inside else many
                 handles.append(module.register_forward_pre_hook(_with_names(mine), with_kwargs=True))
         try:
-            yield
+            with told(self.model, names, offsets):
+                yield
         finally:
             for handle in handles:
                 handle.remove()
