@@ -43,6 +43,23 @@ def test_extract(world: World, run: Run, tmp_path: Path) -> None:
         assert torch.allclose(got(ids).logits, model(ids).logits, atol=1e-3)
 
 
+def test_extract_keeps_on_request_what_no_lora_holds(world: World, run: Run, tmp_path: Path) -> None:
+    model = weft.merge(weft.load(weft.load_base(world.base), world.a), keep=False)
+    with torch.no_grad():
+        model.model.norm.weight += 0.5
+    model.save_pretrained(tmp_path / "tuned")
+    ran = run("extract", tmp_path / "tuned", "--model", world.base, "--rank", 4, "-o", tmp_path / "less")
+    size = model.model.norm.weight.numel()
+    assert f"{size} numbers are left out: --modules-to-save changed keeps them whole" in " ".join(ran.out.split()), ran.out
+    ids = torch.arange(8)[None]
+    for named in ("changed", "norm"):
+        ran = run("extract", tmp_path / "tuned", "--model", world.base, "--rank", 4, "-o", tmp_path / named, "--modules-to-save", named)
+        assert ran.code == 0 and "kept whole" in ran.out and "left out" not in ran.out, ran.err
+        got = weft.load(weft.load_base(world.base), tmp_path / named)
+        with torch.no_grad():
+            assert torch.allclose(got(ids).logits, model(ids).logits, atol=1e-3)
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [

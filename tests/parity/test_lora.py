@@ -66,6 +66,9 @@ KINDS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
     "layers": (llama, dict(target_modules=["q_proj", "up_proj"], layers_to_transform=[1], layers_pattern="layers")),
     "modules-to-save": (llama, dict(target_modules=["q_proj"], modules_to_save=["lm_head", "post_attention_layernorm"])),
     "modules-to-save-tied": (gpt2, dict(target_modules=["c_attn"], modules_to_save=["wpe", "ln_f"], fan_in_fan_out=True)),
+    "modules-to-save-tied-both": (
+        lambda: llama(tie_word_embeddings=True), dict(target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"])
+    ),
     "dora": (llama, dict(r=4, lora_alpha=6, target_modules="all-linear", use_dora=True)),
     "dora-conv1d": (gpt2, dict(r=4, target_modules=["c_attn", "c_proj", "wpe"], use_dora=True, fan_in_fan_out=True, bias="lora_only")),
     "dora-plain": (Plain, dict(r=4, target_modules=["up", "down", "embed"], use_dora=True, use_rslora=True)),

@@ -164,7 +164,7 @@ def plain_lora(model: nn.Module, made: Mapping[str, Factors], spread: Mapping[st
         else:
             adapter = Replaced(module, ["bias"])
         moved = spread.get(path, {})
-        place = device_of(everything[path])
+        place = made[path].A.device if path in made else device_of(everything[path])
         for key in ("b", "bias"):
             if adapter._parameters.get(key) is not None:
                 start = own.detach().float() if key == "bias" and own is not None else torch.zeros(adapter._parameters[key].shape)

@@ -21,7 +21,7 @@ from weft.adapters.card import card
 from weft.adapters.formats import OWN, PREFIX, Format, format_for, format_of, key, unknown
 from weft.adapters.formats.notes import encoded, with_notes
 from weft.adapters.targets import whole
-from weft.core import Adapter, WeftError, base_class, behind, modules, several
+from weft.core import Adapter, Replaced, WeftError, base_class, behind, modules, several
 
 Model = TypeVar("Model", bound=nn.Module)
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -86,14 +86,16 @@ def write(model: nn.Module, adapters: Mapping[str, Adapter], folder: str | os.Pa
 
 
 def tensors(adapters: Mapping[str, Adapter], format: Format) -> dict[str, Tensor]:
-    """The tensors of an adapter under their names in the file; a shared one once."""
+    """The tensors of an adapter under their names in the file; a shared one once, but where peft wants each module's own."""
     found: dict[str, Tensor] = {}
     seen: set[int] = set()
     for path, adapter in adapters.items():
+        each = isinstance(adapter, Replaced) and not format.peft_type.startswith(OWN)
         for parameter, p in adapter._parameters.items():
-            if p is not None and id(p) not in seen:
+            if p is not None and (each or id(p) not in seen):
+                value = format.stored(adapter, parameter, p.detach()).contiguous().cpu()
+                found[key(path, adapter, parameter)] = value.clone() if id(p) in seen else value
                 seen.add(id(p))
-                found[key(path, adapter, parameter)] = format.stored(adapter, parameter, p.detach()).contiguous().cpu()
     return found
 
 
@@ -127,8 +129,8 @@ def load(model: Model, folder: str | os.PathLike[str], name: str = "default") ->
         for where, adapter, parameter, named in wanted:
             empty = adapter._parameters[parameter]
             assert empty is not None
-            if id(empty) not in made:
-                value: Tensor = file.get_tensor(named)
+            value: Tensor = file.get_tensor(named)
+            if id(empty) not in made or not torch.equal(made[id(empty)], value.to(made[id(empty)])):  # tied here, and trained apart
                 made[id(empty)] = nn.Parameter(value.to(place[where], torch.promote_types(value.dtype, torch.float32)))
                 made[id(empty)].requires_grad_(empty.requires_grad)
                 if not made[id(empty)].isfinite().all():
@@ -227,7 +229,9 @@ def _match(
         for parameter, p in adapter._parameters.items():
             if p is None:
                 continue
-            named = next((n for n in whose[id(p)] if n in have), whose[id(p)][0])
+            own = key(where, adapter, parameter)
+            apart_too = isinstance(adapter, Replaced) and own in have  # modules kept whole may have been trained apart
+            named = own if apart_too else next((n for n in whose[id(p)] if n in have), whose[id(p)][0])
             if named not in have:
                 missing.append(named)
                 continue
@@ -235,9 +239,10 @@ def _match(
             if found != tuple(p.shape):
                 shapes.append(f"{named} is {found}; this model with this configuration needs {tuple(p.shape)}")
             need.append((where, adapter, parameter, named))
-    copies = {n: named for *_, named in need for names in whose.values() if named in names for n in names if n in have and n != named}
+    taken = {n for *_, n in need}
+    copies = {n: named for *_, named in need for names in whose.values() if named in names for n in names if n in have - taken}
     apart = [n for n, named in copies.items() if n not in shapes and not torch.equal(file.get_tensor(n), file.get_tensor(named))]
-    extra = sorted(have - {n for *_, n in need} - set(missing) - set(beside) - set(copies))
+    extra = sorted(have - taken - set(missing) - set(beside) - set(copies))
     extra = [e for e in extra if not _copy_of_base(e, model)]
     wrong = _lines(shapes, "of another shape") + _lines(missing, "missing from the file")
     wrong += _lines(apart, "other than those of the layer that this model ties theirs to")

@@ -17,6 +17,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--energy", type=float, default=None, metavar="E",
                         help="in place of a rank: the share of the squared difference to keep in each layer, 0.95 say")  # fmt: skip
     parser.add_argument("--targets", metavar="T", nargs="+", default=None, help="the layers to look at (default: all-linear)")
+    parser.add_argument("--modules-to-save", metavar="M", nargs="+", default=None,
+                        help="what to keep whole of what else changed: names as for --targets, or `changed` for all of it")  # fmt: skip
     parser.add_argument("--device", default=None, metavar="D", help="where to decompose: cpu, cuda, cuda:1 (default: cpu)")
     parser.add_argument("--overwrite", action="store_true", help="replace an adapter that OUT holds")
 
@@ -28,9 +30,14 @@ def run(args: argparse.Namespace) -> int:
     with step("loading libraries", tell=False):
         import weft
     targets = "all-linear" if args.targets is None else tuple(args.targets)
+    saved = args.modules_to_save or ()
     with step(f"comparing {args.tuned} with {args.model}"):
-        kept = weft.extract(args.model, args.tuned, args.rank, energy=args.energy, output=target, targets=targets, device=args.device)
-    out().print(f"{kept}\nwritten to {target}", markup=False)
+        kept = weft.extract(
+            args.model, args.tuned, args.rank, energy=args.energy, output=target, targets=targets, device=args.device,
+            modules_to_save="changed" if saved == ["changed"] else tuple(saved),
+        )  # fmt: skip
+    told = str(kept).replace('modules_to_save="changed"', "--modules-to-save changed")
+    out().print(f"{told}\nwritten to {target}", markup=False)
     return 0
 
 
