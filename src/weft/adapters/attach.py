@@ -10,7 +10,21 @@ import torch
 from torch import nn
 
 from weft.adapters.targets import find, whole
-from weft.core import Adapter, Method, Mixture, Replaced, Site, WeftError, activate, close_site, modules, open_site, sites, slot_of
+from weft.core import (
+    Adapter,
+    Method,
+    Mixture,
+    Replaced,
+    Site,
+    WeftError,
+    activate,
+    close_site,
+    is_sharded,
+    modules,
+    open_site,
+    sites,
+    slot_of,
+)
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -80,6 +94,8 @@ def check_new(model: nn.Module, name: str) -> None:
         raise WeftError(f"{name!r} cannot name an adapter: use any text that is not empty, has no dot and is not 'base'")
     found = sites(model)
     _not_merged(found)
+    if any(map(is_sharded, (p for _, m in modules(model) for p in m._parameters.values()))):
+        raise WeftError("this model is sharded already: attach or load adapters first, then call fully_shard, which shards them as well")
     if any(name in slot_of(site) for site in found.values()):
         raise WeftError(f"this model has an adapter named {name!r} already: choose another name, or weft.remove(model, {name!r}) first")
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -21,7 +21,7 @@ from weft.adapters.card import card
 from weft.adapters.formats import OWN, PREFIX, Format, format_for, format_of, key, unknown
 from weft.adapters.formats.notes import encoded, with_notes
 from weft.adapters.targets import whole
-from weft.core import Adapter, Replaced, WeftError, base_class, behind, modules, several
+from weft.core import Adapter, Replaced, WeftError, base_class, behind, is_sharded, modules, several
 
 Model = TypeVar("Model", bound=nn.Module)
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -39,7 +39,7 @@ HEADED = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")  # tasks whose head is trained
 def save(model: nn.Module, folder: str | os.PathLike[str], name: str | None = None) -> Path:
     """Write one adapter in peft's layout: adapter_config.json, adapter_model.safetensors, and a card for the hub, README.md.
 
-    Files are written beside and renamed.
+    Files are written beside and renamed. Of a model that FSDP2 sharded: call it on every process; the first one writes.
 
     Args:
         folder: Made if missing. An adapter that lies there is replaced.
@@ -81,6 +81,8 @@ def write(model: nn.Module, adapters: Mapping[str, Adapter], folder: str | os.Pa
     existing = readme.read_text("utf-8", "surrogateescape") if readme.is_file() else None
     told = card(method, config, sum(t.numel() for t in state.values()), existing)
     written = json.dumps(config, indent=2, sort_keys=True) + "\n"
+    if any(is_sharded(p) for a in own.values() for p in a.parameters()) and torch.distributed.get_rank():
+        return target
     write_atomically({target / WEIGHTS: data, target / CONFIG: written.encode(), readme: told.encode("utf-8", "surrogateescape")})
     return target
 
@@ -93,7 +95,8 @@ def tensors(adapters: Mapping[str, Adapter], format: Format) -> dict[str, Tensor
         each = isinstance(adapter, Replaced) and not format.peft_type.startswith(OWN)
         for parameter, p in adapter._parameters.items():
             if p is not None and (each or id(p) not in seen):
-                value = format.stored(adapter, parameter, p.detach()).contiguous().cpu()
+                own = cast(Any, p).full_tensor() if is_sharded(p) else p
+                value = format.stored(adapter, parameter, own.detach()).contiguous().cpu()
                 found[key(path, adapter, parameter)] = value.clone() if id(p) in seen else value
                 seen.add(id(p))
     return found

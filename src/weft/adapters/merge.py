@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from weft.adapters.attach import _known, active, remove
-from weft.core import Site, WeftError, activate, logical, modules, sites, slot_of
+from weft.core import Site, WeftError, activate, is_sharded, logical, modules, sites, slot_of
 from weft.quant import settle
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -85,6 +85,8 @@ def _fold(site: Site, chosen: Sequence[str], tied: dict[tuple[int, ...], nn.Para
 
 
 def _check(model: nn.Module, here: dict[str, Site], chosen: Sequence[str], untie: bool) -> None:
+    if any(map(is_sharded, (p for site in here.values() for p in cast(nn.Module, site).parameters()))):
+        raise WeftError("a sharded model is not merged: weft.save the adapter, and merge it into a base that one process holds whole")
     wrong = []
     for name in chosen:
         refused = [(p, r) for p, s in here.items() if name in slot_of(s) and (r := slot_of(s)[name].unmergeable(s))]

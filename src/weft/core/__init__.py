@@ -2,7 +2,7 @@
 
 from weft.core.adapter import Adapter, Mixture
 from weft.core.errors import WeftError
-from weft.core.layers import features, is_conv, is_conv1d, is_linear, logical, numbers
+from weft.core.layers import features, is_conv, is_conv1d, is_linear, is_sharded, logical, numbers
 from weft.core.method import METHODS, Method
 from weft.core.names import by_pattern, matcher, several
 from weft.core.replaced import Replaced
@@ -45,6 +45,7 @@ __all__ = [
     "is_conv",
     "is_conv1d",
     "is_linear",
+    "is_sharded",
     "logical",
     "matcher",
     "modules",

@@ -35,6 +35,11 @@ def features(layer: Any) -> tuple[int, int]:
     return int(layer.in_features), int(layer.out_features)
 
 
+def is_sharded(tensor: object) -> bool:
+    """Whether this process holds a part of the tensor only: a DTensor, which FSDP2 makes of parameters."""
+    return hasattr(tensor, "full_tensor")
+
+
 def logical(layer: Any, name: str = "weight") -> tuple[torch.Size, torch.dtype]:
     """Shape and dtype of a parameter as numbers. A layer that packs its parameters has a method of this name, and `unpacked` beside it."""
     ask = getattr(layer, "logical", None)

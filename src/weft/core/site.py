@@ -172,7 +172,8 @@ def _blank(cls: type) -> Any:
 
 def base_class(module: object) -> type:
     """The class that a module had before it became a site (its class, if it is none)."""
-    return type(module).__mro__[2] if isinstance(module, Site) else type(module)
+    line = type(module).__mro__  # the class of a site that FSDP2 sharded stands before Site's
+    return line[line.index(Site) + 1] if isinstance(module, Site) else type(module)
 
 
 def open_site(module: nn.Module, path: str = "") -> Site:

@@ -114,4 +114,4 @@ def to_file(name: str, base: str, shape: torch.Size, tensors: Mapping[str, Tenso
     held = {key: t.detach().cpu().contiguous() for key, t in tensors.items()}
     if base in ("nf4", "fp4"):
         return bitsandbytes.write(name, base, held, shape, dtype)
-    return {name: held["weight"], f"{name}.scale": held["scale"]}
+    return {name: held["weight"].view(getattr(format_of(base), "stored", torch.uint8)), f"{name}.scale": held["scale"]}

@@ -14,7 +14,7 @@ from weft.quant.formats import ROUNDING, Draw, Format, Packed
 
 
 class EightBit(Format):
-    """What they share: "weight" has the shape of the weight, "scale" is fp32, and w = q · scale."""
+    """What they share: "weight" has the shape of the weight (`stored`, or its bytes), "scale" is fp32, and w = q · scale."""
 
     beside = ("scale",)
     defaults: ClassVar[dict[str, Any]] = ROUNDING
@@ -48,7 +48,7 @@ class EightBit(Format):
         return 1.0
 
     def unpack(self, tensors: Packed, shape: tuple[int, ...], dtype: torch.dtype, out: Tensor | None = None, again: bool = False) -> Tensor:
-        return dequantise_8bit(tensors["weight"], tensors["scale"], tuple(shape), dtype, out, again)
+        return dequantise_8bit(tensors["weight"].view(self.stored), tensors["scale"], tuple(shape), dtype, out, again)
 
     def part(self, tensors: Packed, shape: tuple[int, ...], index: int) -> dict[str, Tensor] | None:
         if len(shape) < 3:

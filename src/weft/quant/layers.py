@@ -37,7 +37,7 @@ class Quantised(nn.Module):
         return name in self.shapes and held is not None and held.element_size() == 1
 
     def tensors(self, name: str = "weight") -> dict[str, Tensor]:
-        """The format's tensors of a packed parameter."""
+        """The format's tensors of a packed parameter; fp8's bytes as the parameter has them, uint8."""
         found = {"weight": getattr(self, name)}
         for key in self.form.beside:
             value = self._buffers.get(f"{name}_{key}")
@@ -59,7 +59,9 @@ class Quantised(nn.Module):
 
     def hold(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         """Let a parameter be these packed tensors."""
-        self._parameters[name] = nn.Parameter(tensors["weight"], requires_grad=False)
+        held = tensors["weight"]
+        held = held.view(torch.uint8) if held.is_floating_point() else held  # gloo knows no fp8, and FSDP2's mixed precision would cast it
+        self._parameters[name] = nn.Parameter(held, requires_grad=False)
         for key in self.form.beside:
             value = tensors.get(key)
             if value is not None or f"{name}_{key}" in self._buffers:
