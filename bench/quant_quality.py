@@ -73,6 +73,14 @@ def nats(model: Any, read: torch.Tensor) -> torch.Tensor:
     return torch.cat(found)
 
 
+def over(found: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> tuple[float, float, dict[str, dict[str, float]]]:
+    """(mean over the kinds of what `found` is above `other`, its standard error, both for each kind): differences window by window."""
+    apart = {k: found[k] - other[k] for k in KINDS}
+    each = {k: {"over": v.sum().item(), "standard_error": v.std().item() * len(v) ** 0.5} for k, v in apart.items()}
+    mean = sum(e["over"] for e in each.values()) / len(KINDS)
+    return mean, sum(e["standard_error"] ** 2 for e in each.values()) ** 0.5 / len(KINDS), each
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--python", nargs="*", default=[], help="interpreters whose library and documentation is read (default: this one)")
@@ -85,6 +93,7 @@ def main() -> None:
     def measure(model: Any) -> dict[str, torch.Tensor]:  # bits per byte as the sum over the windows
         return {kind: nats(model, ids) / math.log(2) / n for kind, (ids, n) in read.items()}
 
+    made: dict[tuple[str, str], dict[str, torch.Tensor]] = {}
     whole = measure(weft.load_base("embedded", base="fp32", device="cpu"))
     rows: list[dict[str, Any]] = [{"base": "fp32", "options": {}, "bits_per_byte": {k: v.sum().item() for k, v in whole.items()}}]
     print(rows[0], flush=True)
@@ -92,15 +101,17 @@ def main() -> None:
         model = weft.load_base("embedded", base="fp32", device="cpu")
         report = quantise_(model, base, **options)
         found = measure(model)
-        over = {k: found[k] - whole[k] for k in KINDS}
-        each = {k: {"over_fp32": v.sum().item(), "standard_error": v.std().item() * len(v) ** 0.5} for k, v in over.items()}
+        made[base, str(options)] = found
+        mean, error, each = over(found, whole)
         rows.append({
             "base": base, "options": options, "bits_per_byte": {k: v.sum().item() for k, v in found.items()},
-            "over_fp32": sum(e["over_fp32"] for e in each.values()) / len(KINDS),
-            "standard_error": sum(e["standard_error"] ** 2 for e in each.values()) ** 0.5 / len(KINDS),
-            "kinds": each, "weight_error": report.error, "bits_per_weight": report.bits,
+            "over_fp32": mean, "standard_error": error, "kinds": each, "weight_error": report.error, "bits_per_weight": report.bits,
         })  # fmt: skip
-        print(base, options, f"{rows[-1]['over_fp32']:+.4f} ± {rows[-1]['standard_error']:.4f}", flush=True)
+        if options.get("quant_scale") == "mse":
+            plain = made[base, str({k: v for k, v in options.items() if k != "quant_scale"})]
+            mean, error, _ = over(found, plain)
+            rows[-1] |= {"over_absmax": mean, "over_absmax_standard_error": error}
+        print(base, options, {k: v for k, v in rows[-1].items() if "over" in k or "error" in k}, flush=True)
     sizes = {k: {"tokens": ids[:, 1:].numel(), "bytes": n} for k, (ids, n) in read.items()}
     what = "held-out text of the base, the mean over four kinds"
     print(save("quant_quality", {"what": what, "pythons": versions, "texts": sizes, "rows": rows}))
