@@ -81,7 +81,7 @@ def write(model: nn.Module, adapters: Mapping[str, Adapter], folder: str | os.Pa
     existing = readme.read_text("utf-8", "surrogateescape") if readme.is_file() else None
     told = card(method, config, sum(t.numel() for t in state.values()), existing)
     written = json.dumps(config, indent=2, sort_keys=True) + "\n"
-    if any(is_sharded(p) for a in own.values() for p in a.parameters()) and torch.distributed.get_rank():
+    if any(is_sharded(p) for a in adapters.values() for p in a.parameters()) and torch.distributed.get_rank():
         return target
     write_atomically({target / WEIGHTS: data, target / CONFIG: written.encode(), readme: told.encode("utf-8", "surrogateescape")})
     return target
