@@ -140,3 +140,27 @@ def test_what_is_no_expert_is_told() -> None:
         weft.adapt(_model("Mixtral"), weft.DoRA(targets=("q_proj",), target_parameters=BOTH))
     with pytest.raises(weft.WeftError, match="q_proj: adapted as a layer by targets and once more"):
         weft.adapt(_model("Mixtral"), weft.LoRA(targets=("q_proj",), target_parameters="q_proj.weight"))
+
+
+@pytest.mark.parametrize("family", ["Mixtral", "Qwen3-MoE"])
+def test_ranks_and_alphas_by_pattern_both_ways(family: str, tmp_path: Path) -> None:
+    base = _model(family)
+    ranks = {r".*gate_up_proj": 3, r"layers.1.mlp.experts.down_proj": 1, "q_proj": 4}
+    alphas = {r".*\.down_proj": 5, r"layers.0.*gate_up_proj": 2, "layers.1.self_attn.q_proj": 3}
+    config = peft.LoraConfig(r=2, lora_alpha=6, target_modules=["q_proj"], target_parameters=BOTH, task_type="CAUSAL_LM",
+                             rank_pattern=ranks, alpha_pattern=alphas)  # fmt: skip
+    theirs: Any = peft.get_peft_model(copy.deepcopy(base), config).eval()
+    jolt(theirs, 0.05)
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = weft.load(copy.deepcopy(base), tmp_path / "theirs", name="mine")
+    assert _far(_logits(ours), _logits(theirs)) < 1e-6
+    for change in (False, True):
+        if change:  # a layer's and an expert's scale that no pattern of the method's describes, so that each is written by itself
+            parts: Any = attached(ours, "mine")
+            parts["model.layers.0.self_attn.q_proj"].scale *= 1.5
+            parts["model.layers.1.mlp.experts"].scales[0] *= 2.5
+            assert _far(_logits(ours), _logits(theirs)) > 1e-4
+        weft.save(ours, tmp_path / f"ours{change}", name="mine")
+        again: Any = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / f"ours{change}").eval()
+        assert _far(_logits(again), _logits(ours)) < 1e-6
+        assert _far(_logits(weft.load(copy.deepcopy(base), tmp_path / f"ours{change}")), _logits(ours)) < 1e-6

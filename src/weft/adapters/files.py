@@ -20,6 +20,7 @@ from weft.adapters.attach import attach, attached, build, check_new, device_of, 
 from weft.adapters.card import card
 from weft.adapters.formats import OWN, PREFIX, Format, format_for, format_of, key, unknown
 from weft.adapters.formats.notes import encoded, with_notes
+from weft.adapters.formats.per_expert import fusing
 from weft.adapters.targets import whole
 from weft.core import Adapter, Replaced, WeftError, base_class, behind, is_sharded, modules, several
 
@@ -118,13 +119,16 @@ def load(model: Model, folder: str | os.PathLike[str], name: str = "default") ->
         format = format_for(config)
         with _opened(path) as file:
             method = with_notes(format.told(format.read(config), file.keys()), file.metadata(), format.noted)
+            older = fusing(file, method, model)
+        method = method if older is None else older.method
         if given := config.get("modules_to_save"):
             method = replace(method, modules_to_save=tuple(dict.fromkeys(given)))
         with torch.device("meta"):
             built = build(model, method, strict=False)
     except WeftError as e:
         raise WeftError(f"{source}: {e}") from None
-    with _opened(path) as file:
+    with _opened(path) as opened:
+        file = opened if older is None else older(opened)
         wanted = _match(built, file, path, model, format.beside)
         place = {path: device_of(module) for path, module in modules(model) if path in built}
         made: dict[int, nn.Parameter] = {}

@@ -32,13 +32,14 @@ class LowRankParameters(Adapter):
 
     def __init__(self, method: LoRA, layer: Site, path: str, names: Sequence[str]) -> None:
         super().__init__()
-        self.names, self.scales = tuple(names), []
+        self.names, self.ranks, self.scales = tuple(names), [], []
         for i, name in enumerate(names):
             shape = logical(layer, name)[0]
             experts, outside, inside = shape if len(shape) == 3 else (1, *shape)
             if _transposed(layer):
                 outside, inside = inside, outside
             rank, scale = method.scaled(f"{path}.{name}")
+            self.ranks.append(rank)
             self.scales.append(scale)
             self.register_parameter(f"A{i}", method.first(torch.empty(experts * rank, inside), rank))
             self.register_parameter(f"B{i}", nn.Parameter(torch.zeros(outside, rank * experts)))

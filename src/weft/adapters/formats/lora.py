@@ -74,7 +74,8 @@ FIELDS: dict[str, Field] = COMMON | LAYERS | TOKENS | {
 def _write_lora(method: LoRA, model: nn.Module, adapters: Mapping[str, Adapter]) -> dict[str, Any]:
     low_rank = {p: a for p, a in adapters.items() if isinstance(a, Factors)}
     method = method.written()
-    ranks, alphas = _patterns(method, low_rank)
+    fused = {p: a for p, a in adapters.items() if isinstance(a, LowRankParameters)}
+    ranks, alphas = _patterns(method, low_rank, fused)
     own = {"alora_invocation_tokens": list(method.invocation_tokens)} if isinstance(method, ALoRA) else {}
     return own | {
         "r": method.rank, "lora_alpha": whole(method.alpha), "lora_dropout": method.dropout, "use_rslora": method.rslora,
@@ -86,9 +87,12 @@ def _write_lora(method: LoRA, model: nn.Module, adapters: Mapping[str, Adapter])
     }  # fmt: skip
 
 
-def _patterns(method: LoRA, adapters: Mapping[str, Any]) -> tuple[dict[str, int], dict[str, float]]:
-    """The method's patterns if they describe these adapters, else one entry for every layer that differs from the method's rank."""
-    truth = {p: (a.product()[0].shape[0], a.scale) for p, a in adapters.items()}
+def _patterns(
+    method: LoRA, layers: Mapping[str, Any], fused: Mapping[str, LowRankParameters]
+) -> tuple[dict[str, int], dict[str, float]]:
+    """The method's patterns if they describe these adapters, else one entry for each layer or parameter that the method's rank does not."""
+    truth = {p: (a.product()[0].shape[0], a.scale) for p, a in layers.items()}
+    truth |= {f"{p}.{n}": (r, s) for p, a in fused.items() for n, r, s in zip(a.names, a.ranks, a.scales, strict=True)}
     if all(method.scaled(p) == t for p, t in truth.items()):
         return dict(method.rank_pattern), dict(method.alpha_pattern)
     plain = replace(method, rank_pattern={}, alpha_pattern={}).scaled("")
