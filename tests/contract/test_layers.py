@@ -17,7 +17,7 @@ LAYERED = [name for name, make in METHODS_TRIED.items() if not isinstance(make("
 
 
 def _paths(model: nn.Module) -> set[str]:
-    return set(weft.adapters.attached(model, "default"))
+    return set(weft.adapters.attached(model, "default")) - {""}  # what stands on the model itself is no target
 
 
 @pytest.mark.parametrize("method", LAYERED)
@@ -65,6 +65,7 @@ def test_of_several_numbers_the_first_is_the_layer_s_and_a_whole_path_counts_whe
         (lambda: weft.VeRA(layers_to_transform=[]), ["layers_to_transform=()", "leave it out"]),
         (lambda: weft.OFT(layers_to_transform=[-1]), ["layers_to_transform=(-1,)", "from 0"]),
         (lambda: weft.LoKr(layers_pattern="layers"), ["layers_to_transform=None", "and layers_pattern with it"]),
+        (lambda: weft.LoRA(layers_to_transform=[0], layers_pattern="*layers"), ["layers_pattern='*layers'", "'layers' say"]),
         (lambda: weft.PromptTuning(layers_to_transform=[0]), ["PromptTuning stands on the model"]),
         (lambda: weft.PrefixTuning(layers_to_transform=[0]), ["PrefixTuning stands on the model"]),
         (lambda: weft.PTuning(layers_to_transform=[0]), ["PTuning stands on the model"]),

@@ -138,7 +138,8 @@ def load(model: Model, folder: str | os.PathLike[str], name: str = "default") ->
             assert empty is not None
             value: Tensor = file.get_tensor(named)
             if id(empty) not in made or not torch.equal(made[id(empty)], value.to(made[id(empty)])):  # tied here, and trained apart
-                made[id(empty)] = nn.Parameter(value.to(place[where], torch.promote_types(value.dtype, torch.float32)))
+                dtype = torch.promote_types(value.dtype, torch.float32)  # copied: sums over unaligned memory come out otherwise
+                made[id(empty)] = nn.Parameter(value.to(place[where], dtype, copy=True))
                 made[id(empty)].requires_grad_(empty.requires_grad)
                 if not made[id(empty)].isfinite().all():
                     broken.append(named)

@@ -60,6 +60,11 @@ class Method(ABC):
         if not self.layered:
             raise WeftError(f"{type(self).__name__} stands on the model and not on its layers: leave out layers_to_transform")
         numbers = self.layers_to_transform or ()
+        for pattern in several(self.layers_pattern):
+            try:
+                re.compile(pattern)
+            except re.error as e:
+                raise WeftError(f"layers_pattern={pattern!r}: {e}; write what the list of layers is called, 'layers' say") from None
         if not numbers or not all(isinstance(n, int) and n >= 0 for n in numbers):
             raise WeftError(f"layers_to_transform={self.layers_to_transform!r}: write the numbers of layers, from 0, or leave it out"
                             + " and layers_pattern with it" * bool(self.layers_pattern))  # fmt: skip
