@@ -133,8 +133,8 @@ def load(model: Model, folder: str | os.PathLike[str], name: str = "default") ->
         place = {path: device_of(module) for path, module in modules(model) if path in built}
         made: dict[int, nn.Parameter] = {}
         broken: list[str] = []
-        for where, adapter, parameter, named in wanted:
-            empty = adapter._parameters[parameter]
+        empties = [adapter._parameters[parameter] for _, adapter, parameter, _ in wanted]  # held, so that their ids stay theirs
+        for (where, adapter, parameter, named), empty in zip(wanted, empties, strict=True):
             assert empty is not None
             value: Tensor = file.get_tensor(named)
             if id(empty) not in made or not torch.equal(made[id(empty)], value.to(made[id(empty)])):  # tied here, and trained apart

@@ -9,7 +9,7 @@ from torch import nn
 from weft.adapters.attach import active, attached, names
 from weft.adapters.files import HEADED, task_of
 from weft.adapters.targets import listing
-from weft.core import behind, logical, modules
+from weft.core import logical, modules
 
 
 @dataclass(frozen=True)
@@ -52,19 +52,19 @@ class Summary:
 
 def summary(model: nn.Module) -> Summary:
     """Parameters of the base and of each adapter, and how many of them train."""
-    working, inner = active(model), behind(model)
+    working, here = active(model), dict(modules(model))
     parts, counted = [], 0
     for name in names(model):
         found = attached(model, name)
         own = {id(p): p.numel() for adapter in found.values() for p in adapter.parameters()}
         method = next(iter(found.values())).method
-        layers = listing({path: inner.get_submodule(path) for path in found}, most=8)
+        layers = listing({path: here[path] for path in found}, most=8)
         parts.append(Part(name, type(method).__name__, sum(own.values()), name in working, layers))
         counted += sum(own.values())
     everything = {id(p): p for p in model.parameters()}.values()
     trainable = sum(p.numel() for p in everything if p.requires_grad)
     packed = {  # a byte of a 4-bit weight is two numbers
-        id(p): logical(m, key)[0].numel() - p.numel() for _, m in modules(model) for key, p in m._parameters.items() if p is not None
+        id(p): logical(m, key)[0].numel() - p.numel() for m in here.values() for key, p in m._parameters.items() if p is not None
     }
     return Summary(trainable, sum(p.numel() for p in everything) + sum(packed.values()) - counted, tuple(parts), _heads(inner, working))
 

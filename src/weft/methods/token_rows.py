@@ -33,7 +33,7 @@ class TokenRows(Adapter):
         self.register_buffer("index", torch.tensor(tokens, device="cpu"), persistent=False)
         self.register_buffer("order", self.index.argsort(), persistent=False)
         if tied is not None:
-            self.E = tied.E
+            self.__dict__["_parameters"] = tied._parameters  # one dictionary: whoever puts in another E does so for all
             return
         (_, width), dtype = logical(layer)
         self.E = nn.Parameter(torch.empty(len(tokens), width, dtype=torch.promote_types(dtype, torch.float32)))

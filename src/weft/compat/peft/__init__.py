@@ -35,6 +35,7 @@ from weft.compat.peft import (
     switching,
     targets,
     tasks,
+    tokens,
     tuner,
     tuners_more,
     wrappers,

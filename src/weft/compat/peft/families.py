@@ -10,6 +10,7 @@ from torch import nn
 from weft.compat.peft import layers_lora
 from weft.compat.peft.kinds import PeftType
 from weft.compat.peft.layers import BaseTunerLayer
+from weft.compat.peft.tokens import TrainableTokensLayer
 from weft.compat.peft.views import Live
 from weft.core import Adapter, is_linear
 
@@ -113,15 +114,6 @@ class LNTuningLayer(BaseTunerLayer):
     FAMILY: ClassVar[str] = "ln_tuning"
     adapter_layer_names: tuple[str, ...] = ("ln_tuning_layers",)
     CONTAINERS: ClassVar[Mapping[str, type[nn.Module]]] = {"ln_tuning_layers": nn.ModuleDict}
-
-
-class TrainableTokensLayer(BaseTunerLayer):
-    """An embedding with trained rows."""
-
-    FAMILY: ClassVar[str] = "trainable_tokens"
-    told: ClassVar[bool] = False
-    adapter_layer_names: tuple[str, ...] = ("trainable_tokens_delta",)
-    CONTAINERS: ClassVar[Mapping[str, type[nn.Module]]] = {"trainable_tokens_delta": _PARAMETERS}
 
 
 LAYERS: dict[PeftType, type[BaseTunerLayer]] = {

@@ -23,6 +23,8 @@ def hotswap_adapter(model: Any, model_name_or_path: str, adapter_name: str, torc
         model_name_or_path, **kwargs
     )
     current = model.peft_config[adapter_name]
+    if getattr(config, "trainable_token_indices", None) or getattr(current, "trainable_token_indices", None):
+        raise ValueError("Hotswapping does not work with trained tokens (`trainable_token_indices`).")
     if config.peft_type != PeftType.LORA or current.peft_type != PeftType.LORA:
         raise ValueError(f"Hotswapping only works for LoRA but got {config.peft_type} and {current.peft_type}.")
     for field in ("use_rslora", "lora_dropout", "alpha_pattern", "use_dora"):

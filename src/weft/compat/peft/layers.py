@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from weft.adapters.merge import _fold
 from weft.compat.peft.kinds import as_value_error
-from weft.compat.peft.views import HiddenSlot, bare, frozen_dtype, hide, holder, parts, show
+from weft.compat.peft.views import BufferDict, HiddenSlot, bare, frozen_dtype, hide, holder, parts, show
 from weft.core import Adapter, Front, Mixture, Site, activate, close_site, is_conv1d, slot_of, unmerged
 from weft.quant import dense, settle
 
@@ -28,6 +28,7 @@ class BaseTunerLayer(Front):
     FAMILY: ClassVar[str] = ""
     CONTAINERS: ClassVar[Mapping[str, type[nn.Module]]] = {}
     told: ClassVar[bool] = True  # whether the family stands before the class in what is printed
+    stored: bool = True  # whether its adapters stand in their file; where two layers share them, one does not
     shown: ClassVar[str] = ""  # the name of the class in peft, where it differs
 
     def __init__(self, base_layer: Site | BaseTunerLayer, **kwargs: Any) -> None:
@@ -132,7 +133,7 @@ class BaseTunerLayer(Front):
         """Take an adapter off this layer; if it was chosen, another one is."""
         if adapter_name in self.trains:
             for child in list(self._modules.values()):
-                if isinstance(child, nn.ModuleDict | nn.ParameterDict) and adapter_name in child:
+                if isinstance(child, nn.ModuleDict | nn.ParameterDict | BufferDict) and adapter_name in child:
                     del child[adapter_name]
             for key, value in self.__dict__.items():
                 if isinstance(value, dict) and key[0] != "_" and adapter_name in value:

@@ -8,7 +8,7 @@ from typing import Any
 from weft.adapters.formats import format_for
 from weft.compat.peft import starts
 from weft.compat.peft.kinds import as_value_error
-from weft.core import Method, WeftError
+from weft.core import Method
 from weft.methods import LoRA
 
 # Which layers, which modules whole, which biases: chosen by this face, after peft's own rules, before the method is asked to build.
@@ -27,11 +27,6 @@ def method_of(config: Any, targets: list[str]) -> Method:
         if name in values and isinstance(values[name], int) and values[name] <= 0 and kind != "OFT":
             raise ValueError(f"`r` should be a positive integer value but the value passed is {values[name]}")
     with as_value_error():
-        if values.get("trainable_token_indices") or kind == "TRAINABLE_TOKENS":
-            raise WeftError(
-                "this face shows no trained tokens yet. Build the adapter with weft.adapt(model, weft.TrainableTokens(tokens=...)) or "
-                "weft.LoRA(trainable_token_indices=...), or load its file with weft.load(model, folder)"
-            )
         method = format_for(values).read(values | ({"init_lora_weights": True} if "init_lora_weights" in values else {}))
         start = getattr(config, "init_lora_weights", True)
         if isinstance(method, LoRA) and isinstance(start, str):

@@ -27,11 +27,11 @@ PLACES: dict[str, tuple[str, ...]] = {
     "tuners.adalora.layer": ("layers_lora",), "tuners.adalora.config": ("configs_lora",), "tuners.adalora.model": ("tuners_more",),
     "tuners.mixed": ("mixed",), "tuners.mixed.model": ("mixed",),
     "tuners.prefix_tuning": ("configs",), "tuners.prompt_tuning": ("configs",), "tuners.p_tuning": ("configs",),
-    "utils": ("kinds", "config", "helpers", "loftq", "state", "wrappers", "targets", "defaults", "switching"),
-    "utils.other": ("helpers", "state", "wrappers", "targets", "config"), "utils.peft_types": ("kinds",), "utils.error": ("kinds",),
-    "utils.warning": ("kinds",), "utils.save_and_load": ("state", "config"), "utils.constants": ("defaults", "state", "config", "targets"),
-    "utils.integrations": ("absent",), "utils.merge_utils": ("absent",), "utils.hotswap": ("hotswap",),
-    "utils.transformers_weight_conversion": ("bridging",), "optimizers": ("optimizers",),
+    "utils": ("kinds", "config", "helpers", "loftq", "state", "wrappers", "tokens", "targets", "defaults", "switching"),
+    "utils.other": ("helpers", "state", "wrappers", "tokens", "targets", "config"), "utils.peft_types": ("kinds",),
+    "utils.error": ("kinds",), "utils.warning": ("kinds",), "utils.save_and_load": ("state", "config"),
+    "utils.constants": ("defaults", "state", "config", "targets"), "utils.integrations": ("absent",), "utils.merge_utils": ("absent",),
+    "utils.hotswap": ("hotswap",), "utils.transformers_weight_conversion": ("bridging",), "optimizers": ("optimizers",),
 }  # fmt: skip
 for _family in ("ia3", "loha", "lokr", "oft", "vera", "ln_tuning", "trainable_tokens"):
     for _part, _source in (("", ("families", "configs", "tuners_more")), (".layer", ("families",)), (".config", ("configs",)),

@@ -39,6 +39,8 @@ def live_names(model: nn.Module, adapter_name: str, state: Mapping[str, Any]) ->
     names: dict[str, str] = {}
     for path, module in model.named_modules():
         at = f"{path}." if path else ""
+        if isinstance(module, BaseTunerLayer) and not module.stored:
+            continue
         if isinstance(module, BaseTunerLayer):
             for child, container in module.named_children():
                 if child != "ranknum" and isinstance(container, nn.ModuleDict | nn.ParameterDict) and adapter_name in container:
@@ -97,7 +99,7 @@ def _parts(model: nn.Module, name: str) -> dict[str, Adapter]:
 def _shared(model: nn.Module, name: str) -> dict[str, Tensor]:
     """What a method keeps once for all layers and stores beside them: VeRA's projections."""
     found = _of(model, name)
-    return found[0].give(found[1]) if found else {}
+    return {k: v for k, v in found[0].give(found[1]).items() if k in found[0].beside} if found else {}
 
 
 def _biases(model: nn.Module, config: Any, state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from weft.compat.peft.layers import BaseTunerLayer
+from weft.compat.peft.tokens import TrainableTokensWrapper
 from weft.compat.peft.tuner import BaseTuner, shown_name
 from weft.compat.peft.wrappers import AuxiliaryTrainingWrapper
 
@@ -77,7 +78,7 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
             raise TypeError("get_layer_status() got an invalid PeftModel instance; prefix tuning and adaption prompt are not supported.")
     found = []
     for name, module in inner.named_modules():
-        if not isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
+        if not isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper) or isinstance(module, TrainableTokensWrapper):
             continue
         tensors = _tensors(module)
         devices = {k: sorted({p.device.type for p in ps}) for k, ps in tensors.items()}

@@ -48,7 +48,7 @@ def delete_adapter(
             module.delete_adapter(adapter_name)
             rest = list(module.active_adapters) if rest is None else rest
     for module in list(model.modules()):
-        if isinstance(module, ModulesToSaveWrapper):
+        if isinstance(module, AuxiliaryTrainingWrapper):
             module.delete_adapter(adapter_name, new_active_adapters=rest)
     return rest
 

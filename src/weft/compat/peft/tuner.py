@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from weft.adapters.attach import device_of
-from weft.compat.peft import parameters, starts
+from weft.compat.peft import parameters, starts, tokens
 from weft.compat.peft.activated import drop_door, put_door, told
 from weft.compat.peft.config import PeftConfig
 from weft.compat.peft.defaults import IA3_FEEDFORWARD, TARGETS
@@ -23,10 +23,11 @@ from weft.compat.peft.methods import method_of
 from weft.compat.peft.moe import fuse_config
 from weft.compat.peft.switching import delete_adapter, enable, set_adapter, set_requires_grad
 from weft.compat.peft.targets import check_target_module_exists, find_targets, include_all_linear
-from weft.compat.peft.wrappers import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, base_modules, wrap_whole
+from weft.compat.peft.wrappers import ModulesToSaveWrapper, base_modules, wrap_whole
 from weft.core import Adapter, Front, base_class, behind, is_conv1d, open_site
 from weft.methods import LoRA
 from weft.methods.parameters import LowRankParameters
+from weft.methods.token_rows import TokenRows
 
 DUMMY_MODEL_CONFIG = {"model_type": "custom"}
 
@@ -99,6 +100,8 @@ class BaseTuner(Front):
     def _prepare_adapter_config(self, config: Any, model_config: Mapping[str, Any]) -> None:
         if getattr(config, "target_modules", None) is None:
             found = TARGETS.get(self.KIND, {}).get(model_config.get("model_type"))
+            if self.KIND == PeftType.TRAINABLE_TOKENS:
+                found = tokens.input_embedding(self.model, base_modules(self.model))
             if found is None and getattr(config, "target_parameters", None):
                 return
             if found is None:
@@ -147,6 +150,7 @@ class BaseTuner(Front):
         beyond = parameters.find(config, everything)
         targeted = find_targets(config, everything, state_dict, self.prefix, list(beyond))
         parameters.check(config, beyond, everything, targeted)
+        tokens.check(config, model, everything)
         for path in targeted:
             self._check_target(config, path, everything[path])
             if isinstance(everything.get(path.rpartition(".")[0]), nn.MultiheadAttention):
@@ -159,8 +163,8 @@ class BaseTuner(Front):
             if not method.accepts(everything[path]):
                 raise ValueError(f"Target module {everything[path]} is not supported. {type(method).__name__} can adapt {method.site}.")
         with as_value_error(), torch.device("meta" if low_cpu_mem_usage else "cpu"):
-            built = method.build_all({p: cast(Any, everything[p]) for p in targeted})
-            built |= parameters.build(method, everything, beyond)
+            built = {} if method.elsewhere() else method.build_all({p: cast(Any, everything[p]) for p in targeted})
+            built |= parameters.build(method, everything, beyond) | tokens.build(method, everything, targeted)
         first = not fronts(model)
         trains = {} if first else {id(p): (p, p.requires_grad) for p in model.parameters()}
         for adapter in built.values():
@@ -188,10 +192,13 @@ class BaseTuner(Front):
             place = device_of(module)
             if place.type not in ("cpu", "meta"):
                 adapter.to(place)
-        starts.begin(config, site, adapter)
         adapter.train(module.training)
         parent, _, last = path.rpartition(".")
         above = _seen(model, parent)
+        if isinstance(adapter, TokenRows):
+            tokens.put(model, above, last, module, adapter, name, config)
+            return
+        starts.begin(config, site, adapter)
         if isinstance(adapter, LowRankParameters):
             parameters.put(above, last, adapter, name, config)
             return
@@ -205,7 +212,7 @@ class BaseTuner(Front):
     def _freeze(self, model: nn.Module) -> None:
         """Only adapters, copies and the biases that were asked for may train."""
         own = {id(p) for f in fronts(model) for n in f.names for p in f.slot[n].parameters()}
-        own |= {id(p) for m in model.modules() if isinstance(m, AuxiliaryTrainingWrapper) for p in m.parameters()}
+        own |= {id(p) for m in model.modules() if isinstance(m, ModulesToSaveWrapper) for p in m.parameters()}
         for p in model.parameters():
             if id(p) not in own:
                 p.requires_grad_(False)
@@ -300,6 +307,8 @@ class BaseTuner(Front):
             parent, _, last = path.rpartition(".")
             if isinstance(module, ModulesToSaveWrapper):
                 put: nn.Module = module.unload_and_optionally_merge_module(merge, safe, names)
+            elif isinstance(module, tokens.TrainableTokensWrapper):
+                put = module.token_adapter  # the embedding itself by now: what is inside comes first
             elif isinstance(module, BaseTunerLayer):
                 if merge:
                     module.merged_for_good()

@@ -6,7 +6,7 @@ Nothing here holds a weight. A view reads and writes through to the adapter in t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterable, Iterator, MutableMapping
 from typing import Any, cast
 
 import torch
@@ -85,6 +85,35 @@ class HiddenSlot(Slot):
         for adapter in self.held.values():
             adapter._apply(fn)
         return self
+
+
+class BufferDict(nn.Module):
+    """Tensors by name that no file holds."""
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        value = self._buffers[name]
+        assert value is not None
+        return value
+
+    def __setitem__(self, name: str, value: torch.Tensor) -> None:
+        self._buffers[name] = value
+        self._non_persistent_buffers_set.add(name)
+
+    def __delitem__(self, name: str) -> None:
+        del self._buffers[name]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._buffers
+
+    def __len__(self) -> int:
+        return len(self._buffers)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._buffers)
+
+    def keys(self) -> Iterable[str]:
+        """The names."""
+        return self._buffers.keys()
 
 
 def hide(site: Site) -> None:

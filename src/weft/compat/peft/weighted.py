@@ -76,6 +76,8 @@ def _checked(tuner: Any, adapters: Sequence[str], how: str, svd_rank: int | None
             raise ValueError(f"Adapter {name} does not exist")
         if tuner.peft_config[name].target_parameters:
             raise ValueError(f"add_weighted_adapter does not support targeting nn.Parameter (problematic adapter '{name}')")
+    if with_tokens := [n for n in adapters if tuner.peft_config[n].trainable_token_indices]:
+        raise ValueError(f"add_weighted_adapter does not support trained tokens (problematic adapters {with_tokens})")
     copies = [m for m in tuner.modules() if isinstance(m, ModulesToSaveWrapper) and sum(n in m.modules_to_save for n in adapters) > 1]
     if copies:
         raise ValueError(

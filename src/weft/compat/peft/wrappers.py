@@ -50,6 +50,18 @@ class AuxiliaryTrainingWrapper(Front):
     def active_adapters(self) -> list[str]:
         return [self._active_adapter] if isinstance(self._active_adapter, str) else self._active_adapter
 
+    def check_set_adapter(self, adapter_name: str | Sequence[str]) -> str | None:
+        """The one of these names that this module has something for."""
+        raise NotImplementedError(f"{type(self).__name__} does not say which adapters it has")
+
+    def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Choose the adapter that counts here."""
+        raise NotImplementedError(f"{type(self).__name__} cannot choose an adapter")
+
+    def delete_adapter(self, adapter_name: str, new_active_adapters: Sequence[str] | None) -> None:
+        """Drop what this module has for an adapter."""
+        raise NotImplementedError(f"{type(self).__name__} cannot drop an adapter")
+
     def enable_adapters(self, enabled: bool) -> None:
         """Switch the copies on or off."""
         self._disable_adapters = not enabled
@@ -192,7 +204,7 @@ def wrap_whole(model: nn.Module, config: Any, name: str, activate: bool) -> None
 def choose_whole(model: nn.Module, names: str | Sequence[str], inference_mode: bool = False) -> None:
     """Let each wrapped module compute with the copy of one of these adapters, or with the original."""
     for module in list(model.modules()):
-        if isinstance(module, ModulesToSaveWrapper):
+        if isinstance(module, AuxiliaryTrainingWrapper):
             chosen = module.check_set_adapter(names)
             module.set_adapter([chosen] if chosen in module._adapters else [], inference_mode=inference_mode)
 
