@@ -9,7 +9,7 @@ from torch import nn
 from weft.adapters.attach import active, attached, names
 from weft.adapters.files import HEADED, task_of
 from weft.adapters.targets import listing
-from weft.core import logical, modules
+from weft.core import behind, logical, modules
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def summary(model: nn.Module) -> Summary:
     packed = {  # a byte of a 4-bit weight is two numbers
         id(p): logical(m, key)[0].numel() - p.numel() for m in here.values() for key, p in m._parameters.items() if p is not None
     }
-    return Summary(trainable, sum(p.numel() for p in everything) + sum(packed.values()) - counted, tuple(parts), _heads(inner, working))
+    return Summary(trainable, sum(p.numel() for p in everything) + sum(packed.values()) - counted, tuple(parts), _heads(behind(model), working))
 
 
 def _heads(model: nn.Module, working: tuple[str, ...]) -> tuple[str, ...]:
