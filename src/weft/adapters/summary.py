@@ -66,7 +66,8 @@ def summary(model: nn.Module) -> Summary:
     packed = {  # a byte of a 4-bit weight is two numbers
         id(p): logical(m, key)[0].numel() - p.numel() for m in here.values() for key, p in m._parameters.items() if p is not None
     }
-    return Summary(trainable, sum(p.numel() for p in everything) + sum(packed.values()) - counted, tuple(parts), _heads(behind(model), working))
+    base = sum(p.numel() for p in everything) + sum(packed.values()) - counted
+    return Summary(trainable, base, tuple(parts), _heads(behind(model), working))
 
 
 def _heads(model: nn.Module, working: tuple[str, ...]) -> tuple[str, ...]:
