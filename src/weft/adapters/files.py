@@ -249,7 +249,7 @@ def _match(
             need.append((where, adapter, parameter, named))
     taken = {n for *_, n in need}
     copies = {n: named for *_, named in need for names in whose.values() if named in names for n in names if n in have - taken}
-    apart = [n for n, named in copies.items() if n not in shapes and not torch.equal(file.get_tensor(n), file.get_tensor(named))]
+    apart = [n for n, named in copies.items() if not torch.equal(file.get_tensor(n), file.get_tensor(named))]
     extra = sorted(have - taken - set(missing) - set(beside) - set(copies))
     extra = [e for e in extra if not _copy_of_base(e, model)]
     wrong = _lines(shapes, "of another shape") + _lines(missing, "missing from the file")
