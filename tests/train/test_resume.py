@@ -35,9 +35,11 @@ def saving(out: Path) -> bool:
         (4, {"method__init": "pissa", "method__train_A": False, "train__steps": 160, "train__save_every": 3, "train__eval_every": 40}),
         (4, {"method__init": "eva", "method__train_A": False, "train__steps": 160, "train__save_every": 3, "train__eval_every": 40}),
         (4, {"method__init": "loftq", "base": "nf4", "train__steps": 160, "train__save_every": 3, "train__eval_every": 40}),
+        (4, {"method": "ALoRA", "method__invocation_tokens": [tiny_run.ASSISTANT], "method__rank": 4, "method__dropout": 0.1,
+             "train__steps": 160, "train__save_every": 3, "train__eval_every": 40}),
         (6, {"method": "AdaLoRA", "train__steps": 240, "train__save_every": 3, "train__eval_every": 40}),
     ],
-    ids=["lora", "full", "pissa", "eva", "loftq", "adalora"],
+    ids=["lora", "full", "pissa", "eva", "loftq", "alora", "adalora"],
 )  # fmt: skip
 def test_killed_and_resumed_is_never_stopped(tmp_path, kills, overrides, capsys):
     for folder in ("warm", "calm", "wild"):

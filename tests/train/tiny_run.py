@@ -21,6 +21,7 @@ from weft.train import Recipe, Result, fit, load_recipe, run_recipe
 CONTEXT = multiprocessing.get_context("forkserver")  # real processes that can be killed, without importing torch for each
 CONTEXT.set_forkserver_preload(["tiny_run"])
 
+ASSISTANT = 259  # the token of <|assistant|>
 TEMPLATE = (
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
@@ -65,9 +66,10 @@ def recipe(folder: Path, **overrides: Any) -> Recipe:
         "method.rank": 4, "method.dropout": 0.1, "train.lr": 5e-3, "train.steps": 20, "train.tokens": 64, "train.progress": "off",
         "train.log_every": 1, "train.threads": 1, "train.save_seconds": None, "train.eval_every": 10,
     }  # fmt: skip
-    given |= {k.replace("__", "."): v for k, v in overrides.items()}
-    if given["method"] != "LoRA":
+    own = {k.replace("__", "."): v for k, v in overrides.items()}
+    if own.get("method", "LoRA") != "LoRA":
         given = {k: v for k, v in given.items() if not k.startswith("method.")}
+    given |= own
     return load_recipe({}, given)
 
 
