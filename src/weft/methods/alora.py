@@ -12,11 +12,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from weft.core import Adapter, Around, Site, WeftError, base_class, is_linear
+from weft.kernels.low_rank import low_rank_add
 from weft.methods.alora_door import Door
 from weft.methods.invocation import Gate
 from weft.methods.lora import LoRA
@@ -34,9 +34,7 @@ class Activated(LowRank):
         if self.training and self.dropout:
             x = F.dropout(x, self.dropout)
         off = self.gate.before(y)
-        x, A, B = (t.to(y.dtype) for t in (x, self.A, self.B))
-        S = F.linear(x, A).masked_fill(off, 0)  # adding B·0 leaves y as it is, bit for bit
-        y = torch.addmm(y.flatten(0, -2), S.flatten(0, -2), B.T, alpha=self.scale).view(y.shape)
+        y = low_rank_add(y, x, self.A, self.B, self.scale, off)
         return y if self.b is None else y + ~off * (self.scale * self.b).to(y.dtype)
 
     def merged(self, layer: Site | Around) -> dict[str, Tensor]:
