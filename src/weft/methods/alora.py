@@ -33,12 +33,15 @@ class Activated(LowRank):
         y: Tensor = layer.frozen(x)
         if self.training and self.dropout:
             x = F.dropout(x, self.dropout)
-        off = self.gate.before(y)
+        off = self.gate.before(y, self.gate.off)
         y = low_rank_add(y, x, self.A, self.B, self.scale, off)
         return y if self.b is None else y + ~off * (self.scale * self.b).to(y.dtype)
 
     def merged(self, layer: Site | Around) -> dict[str, Tensor]:
         raise WeftError("an ALoRA begins at its invocation and cannot be merged: a weight is the same for every token")
+
+
+Activated.kin = LowRank
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,26 +28,30 @@ class Door(Virtual):
         past = next((c for name in ("past_key_values", "cache_params") if (c := call.get(name)) is not None), None)
         place = length(past) + torch.arange(ids.shape[1], device=ids.device)
         begun: list[tuple[Gate, Tensor, Tensor]] = []
+        every = None if rows is None else torch.zeros_like(ids, dtype=torch.bool)[..., None]
         for i, door in enumerate(adapters):
             if isinstance(door, Door):
                 start = door.gate.starts(ids, past, packing(call, ids, past))
                 off = ((start == NEVER) | (place < start))[..., None]
                 door.look(off)
-                begun.append((door.gate, start[:, -1], off if rows is None else off[rows == i]))
+                if rows is not None and every is not None:
+                    every = torch.where((rows == i)[:, None, None], off, every)
+                    off = off[rows == i]
+                begun.append((door.gate, start[:, -1], off))
         for gate, _, off in begun:
-            gate.open(off)
+            gate.open(off, every)
         try:
             out = layer.frozen(**call)
         finally:
             for gate, *_ in begun:
-                gate.open(None)
+                gate.open(None, None)
         values = list(out.values()) if hasattr(out, "keys") else list(out) if isinstance(out, tuple) else [out]
         for cache in [past] if past is not None else [v for v in values if hasattr(v, "get_seq_length")]:
             notes(cache).update({gate.key: start.clamp(max=length(cache) - 1) for gate, start, _ in begun})
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             for value in (v for v in values if isinstance(v, Tensor) and v.requires_grad):
                 for gate, _, off in begun:  # layers that are computed again in the backward pass ask again
-                    value.register_hook(partial(gate.open, off))  # type: ignore[no-untyped-call]
+                    value.register_hook(partial(gate.open, off, every))  # type: ignore[no-untyped-call]
         return out
 
     def ids(self, call: dict[str, Any]) -> Tensor:

@@ -18,23 +18,24 @@ NEVER = -1  # where a row begins that has no invocation
 class Gate:
     """What the layers of one adapter share.
 
-    off: (n, T, 1) bool, the tokens before the invocation in the call under way; None: no call is under way.
+    off: (n, T, 1) bool, the tokens before the invocation in the adapter's own rows of the call under way; None: no call is under way.
+    every: the same for all rows of a batch with several adapters, false in rows of other methods.
     offsets: where each row begins, counted back from the end of the next call (None: nowhere), in place of a search there and afterwards.
     """
 
     def __init__(self, tokens: Sequence[int]) -> None:
         self.tokens, self.key = tuple(tokens), uuid4().hex
         self.off: Tensor | None = None
+        self.every: Tensor | None = None
         self.offsets: Sequence[int | None] | None = None
         self.told: Tensor | None = None  # (n,) the same from the front
         self.tried = False  # whether a batch of the training has been looked at
 
-    def open(self, off: Tensor | None, _: Any = None) -> None:
-        self.off = off
+    def open(self, off: Tensor | None, every: Tensor | None, _: Any = None) -> None:
+        self.off, self.every = off, every
 
-    def before(self, y: Tensor) -> Tensor:
-        """`off` for the output of a layer: (n, T, 1), or (n·T, 1) where the layer has all tokens in one list."""
-        off = self.off
+    def before(self, y: Tensor, off: Tensor | None) -> Tensor:
+        """`off` or `every` for the output of a layer: (n, T, 1), or (n·T, 1) where the layer has all tokens in one list."""
         if off is None:
             raise WeftError("a layer with an ALoRA was called without its model, which finds the invocation: call the model itself")
         if y.shape[:-1] == off.shape[:-1]:

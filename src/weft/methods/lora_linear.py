@@ -97,11 +97,11 @@ class LowRank(Factors):
 
     @classmethod
     def mixed(cls, mixture: Mixture, layer: Site, *inputs: Any, **kwargs: Any) -> Any:
-        """One batched product for all rows, where all are plain LoRAs."""
+        """One batched product for all rows, where all are plain LoRAs or of their kin."""
         if not mixture.cache.setdefault("alike", all(map(_only_factors, mixture.adapters))):
             return super().mixed(mixture, layer, *inputs, **kwargs)
         return lora_rows.mixed(mixture, layer, *inputs)
 
 
 def _only_factors(adapter: Any) -> bool:
-    return type(adapter) is LowRank and adapter.b is None and adapter.bias is None and not adapter.dropout
+    return LowRank in (type(adapter), type(adapter).kin) and adapter.b is None and adapter.bias is None and not adapter.dropout

@@ -19,6 +19,9 @@ def mixed(mixture: Mixture, layer: Site, x: Tensor) -> Tensor:
     rows, y = mixture.owners(x), layer.frozen(x)
     A, B = stacked(mixture, rows, y.dtype)
     S = torch.bmm(x.reshape(len(rows), -1, x.shape[-1]).to(y.dtype), A)
+    gate = next((g for a in mixture.adapters if (g := getattr(a, "gate", None)) is not None), None)
+    if gate is not None:  # activated ones begin at their invocations
+        S = S.masked_fill(gate.before(y, gate.every).view(len(rows), -1, 1), 0)
     return torch.baddbmm(y.view(len(rows), -1, y.shape[-1]), S, B).view(y.shape)
 
 
