@@ -3,8 +3,8 @@
     python bench/experts.py             (about five minutes; --quick for one round of everything, to see that it runs; Linux only)
 
 Ways: the bare base; weft, expert by expert; weft's twin that forms W + s·BA of all experts; peft. The packed base also with all experts
-decoded at once. Memory is the most that the process holds during a call less what it holds before. It is measured in a process whose
-allocator gives everything back at once, and time in another.
+decoded at once. Memory is the most that a process holds during a call less what it holds before, its allocator giving everything
+back at once. Times are medians of rounds in which the ways take turns.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ warnings.filterwarnings("ignore")
 import peft
 import torch
 import transformers
-from _common import save, timed
+from _common import interleaved, save
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -82,12 +82,11 @@ def forget() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
-def one(name: str, base: str, repeat: int) -> dict[str, float]:
-    """Milliseconds of one way, for 1 token and for 512; megabytes where `repeat` is 0."""
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    compute, found = way(name, base), {}
+def works(compute: Callable[..., torch.Tensor]) -> dict[str, Callable[[], None]]:
+    """What is measured, for 1 token and for 512."""
+    found: dict[str, Callable[[], None]] = {}
     for tokens in (1, 512):
+        torch.manual_seed(1)
         chosen = torch.stack([torch.randperm(EXPERTS)[:K] for _ in range(tokens)])
         x, weights = torch.randn(tokens, WIDTH), torch.rand(tokens, K)
 
@@ -98,31 +97,41 @@ def one(name: str, base: str, repeat: int) -> dict[str, float]:
         def step(x: torch.Tensor = x, chosen: torch.Tensor = chosen, weights: torch.Tensor = weights) -> None:
             compute(x.clone().requires_grad_(), chosen, weights).square().mean().backward()
 
-        for what, work in (("forward", forward), ("forward and backward", step)):
-            work()
-            if repeat:
-                found[f"{what}, {tokens}"] = 1e3 * timed(work, repeat)
-                continue
-            before = held(peak=False)
-            forget()
-            work()
-            found[f"{what}, {tokens}"] = (held(peak=True) - before) / 1e6
+        found |= {f"forward, {tokens}": forward, f"forward and backward, {tokens}": step}
     return found
 
 
-def _asked(name: str, base: str, repeat: int) -> dict[str, float]:
-    small = {} if repeat else {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
-    words = [sys.executable, __file__, "--one", name, base, str(repeat)]
-    done = subprocess.run(words, capture_output=True, text=True, check=True, env=os.environ | small)
-    return json.loads(done.stdout.splitlines()[-1])  # type: ignore[no-any-return]
+def memory(name: str, base: str) -> dict[str, float]:
+    """Megabytes of one way, in this process."""
+    torch.set_num_threads(1)
+    found = {}
+    for what, work in works(way(name, base)).items():
+        work()
+        before = held(peak=False)
+        forget()
+        work()
+        found[what] = (held(peak=True) - before) / 1e6
+    return found
+
+
+def measure(base: str, repeat: int) -> dict[str, Any]:
+    """Milliseconds and megabytes of each way."""
+    rows: dict[str, Any] = {}
+    for name in WAYS[base]:
+        words = [sys.executable, __file__, "--memory", name, base]
+        small = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
+        done = subprocess.run(words, capture_output=True, text=True, check=True, env=os.environ | small)
+        rows[name] = {what: {"MB": mb} for what, mb in json.loads(done.stdout.splitlines()[-1]).items()}
+    ways = {name: works(way(name, base)) for name in WAYS[base]}
+    for what in next(iter(ways.values())):
+        for name, seconds in interleaved({name: w[what] for name, w in ways.items()}, repeat, 1).items():
+            rows[name][what]["ms"] = 1e3 * seconds
+    return {f"{base}: {name}": row for name, row in rows.items()}
 
 
 def main(quick: bool) -> None:
-    rows: dict[str, Any] = {}
-    for base, ways in WAYS.items():
-        for name in ways:
-            ms, mb = (_asked(name, base, repeat) for repeat in (1 if quick else 5, 0))
-            rows[f"{base}: {name}"] = {what: {"ms": ms[what], "MB": mb[what]} for what in ms}
+    torch.set_num_threads(1)
+    rows = measure("fp32", 1 if quick else 7) | measure("nf4", 1 if quick else 7)
     columns = list(next(iter(rows.values())))
     table = Table("", *(f"{c}, {unit}" for c in columns for unit in ("ms", "MB")))
     for name, row in rows.items():
@@ -134,7 +143,7 @@ def main(quick: bool) -> None:
 
 
 if __name__ == "__main__":
-    if "--one" in sys.argv:
-        print(json.dumps(one(*sys.argv[2:4], int(sys.argv[4]))))
+    if "--memory" in sys.argv:
+        print(json.dumps(memory(*sys.argv[2:4])))
     else:
         main("--quick" in sys.argv)
