@@ -44,10 +44,17 @@ def _prompt(kind: Callable[..., Any], **options: Any) -> Callable[[Family], Any]
     return lambda f: kind(task_type=f.task, num_virtual_tokens=3, **options) if f.task else None
 
 
+def _activated(f: Family) -> Any:
+    """Invoked in the middle of the first row, and nowhere in the second."""
+    call = f.inputs()["input_ids"][0, 3:5].tolist()
+    return peft.LoraConfig(task_type=f.task, target_modules=f.dense or f.linear, r=4, alora_invocation_tokens=call)
+
+
 METHODS: dict[str, Callable[[Family], Any]] = {
     "LoRA": _linear(peft.LoraConfig, r=4),
     "rsLoRA": _linear(peft.LoraConfig, r=4, use_rslora=True),
     "DoRA": _linear(peft.LoraConfig, r=4, use_dora=True),
+    "activated LoRA": lambda f: _activated(f) if f.task == "CAUSAL_LM" else None,
     "AdaLoRA": _dense(peft.AdaLoraConfig, init_r=4, target_r=2, total_step=10),
     "VeRA": _dense(peft.VeraConfig, r=8),
     "IA3": _ia3,
