@@ -69,6 +69,16 @@ def test_generation_equals_a_loop_without_cache(make: Any, beams: int) -> None:
     assert torch.equal(made, again) and torch.equal(made[-1], base[-1]) and not torch.equal(made, base)
 
 
+@pytest.mark.filterwarnings("ignore:Passing `generation_config`")
+def test_other_ways_of_writing_write_the_same() -> None:
+    model, (ids, mask) = adapted(llama()), rows()
+    with torch.no_grad():
+        want = model.generate(ids, attention_mask=mask, **GREEDY)
+        assert torch.equal(model.generate(ids, attention_mask=mask, cache_implementation="static", **GREEDY), want)
+        assert torch.equal(model.generate(ids[:1], prompt_lookup_num_tokens=2, **GREEDY), want[:1])
+        assert torch.equal(model.generate(ids[:1], assistant_model=llama(seed=1), **GREEDY), want[:1])
+
+
 def test_what_the_model_writes_is_no_invocation() -> None:
     """The prompt decides, whether the invocation has one token or several."""
     model, (ids, _) = adapted(llama(), tokens=CALL[:1]), rows()

@@ -59,6 +59,7 @@ def test_each_ends_where_it_would_have_ended_alone(tmp_path):
 def test_other_methods_and_dropout_side_by_side(tmp_path):
     model = tiny_run.model()
     names = {"lora": {"method__dropout": 0.1}, "full": {"method": "Full"}, "dora": {"method": "DoRA"}}
+    names["alora"] = {"method": "ALoRA", "method__invocation_tokens": [tiny_run.ASSISTANT]}
     recipes = [tiny_run.recipe(tmp_path, name=n, output=str(tmp_path / n), train__steps=6, **more) for n, more in names.items()]
     results = weft.fit_together(model, recipes, tokenizer=tiny_run.tokenizer())
     assert [r.adapter.name for r in results] == list(names) and set(weft.adapters.names(model)) == set(names)
