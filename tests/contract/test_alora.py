@@ -239,6 +239,12 @@ def test_a_training_that_meets_no_invocation_is_told() -> None:
     with pytest.warns(UserWarning, match="learns nothing from it"):
         model(ids[3:])
     model(ids[3:])  # once
+    adapted(model, "b").train()
+    with weft.rows(model, ["b", "default"]), pytest.warns(UserWarning, match="learns nothing from it"):
+        model(ids[[3, 0]])  # it is its own rows that count
+    adapted(model, "c").train()
+    with weft.rows(model, ["default", "default"]):
+        model(ids[:2])
 
 
 def test_mistakes_are_told() -> None:

@@ -33,10 +33,10 @@ class Door(Virtual):
             if isinstance(door, Door):
                 start = door.gate.starts(ids, past, packing(call, ids, past))
                 off = ((start == NEVER) | (place < start))[..., None]
-                door.look(off)
                 if rows is not None and every is not None:
                     every = torch.where((rows == i)[:, None, None], off, every)
                     off = off[rows == i]
+                door.look(off)
                 begun.append((door.gate, start[:, -1], off))
         for gate, _, off in begun:
             gate.open(off, every)
@@ -63,7 +63,7 @@ class Door(Virtual):
 
     def look(self, off: Tensor) -> None:
         """Warn if the training begins with a batch of which nothing is learned."""
-        if not self.training or self.gate.tried or torch.compiler.is_compiling():
+        if not self.training or self.gate.tried or torch.compiler.is_compiling() or not len(off):
             return
         self.gate.tried = True
         if bool(off.all()):
