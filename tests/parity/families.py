@@ -51,6 +51,7 @@ class Family:
     dense: Any = None  # what the methods for linear layers alone stand on, where that is less
     ia3: tuple[list[str], list[str]] | None = None  # targets and feed-forward modules where peft has no table for the family
     norms: tuple[str, ...] = ()  # layer norms, for LayerNorm tuning
+    words: str | None = ""  # the embedding whose tokens are trained, where the model does not say it; None: there is none
 
 
 def _ids() -> dict[str, Tensor]:
@@ -285,6 +286,7 @@ FAMILIES: dict[str, Family] = {
         "all-linear",
         ia3=(["k_proj", "v_proj", "fc2"], ["fc2"]),
         norms=("layernorm_before",),
+        words=None,
     ),
     "CLIP": Family(
         _clip,
@@ -294,6 +296,7 @@ FAMILIES: dict[str, Family] = {
         ["q_proj", "v_proj"],
         ia3=(["k_proj", "v_proj", "fc2"], ["fc2"]),
         norms=("layer_norm1",),
+        words="token_embedding",
     ),
     "Qwen2-VL": Family(
         _qwen2_vl,
@@ -329,8 +332,9 @@ FAMILIES: dict[str, Family] = {
         ["up", "down"],
         ia3=(["up", "down"], ["down"]),
         norms=("norm",),
+        words="embed",
     ),
     "a convolutional net": Family(
-        ConvNet, lambda: {"x": torch.randn(2, 3, 8, 8)}, None, ["third", "out"], ["out"], ia3=(["second", "out"], ["out"])
+        ConvNet, lambda: {"x": torch.randn(2, 3, 8, 8)}, None, ["third", "out"], ["out"], ia3=(["second", "out"], ["out"]), words=None
     ),
 }

@@ -50,6 +50,20 @@ def _activated(f: Family) -> Any:
     return peft.LoraConfig(task_type=f.task, target_modules=f.dense or f.linear, r=4, alora_invocation_tokens=call)
 
 
+def _tokens(f: Family) -> Any:
+    if f.words is None:
+        return None
+    return peft.TrainableTokensConfig(task_type=f.task, token_indices=TOKENS, target_modules=[f.words] if f.words else None)
+
+
+def _lora_and_tokens(f: Family) -> Any:
+    if f.words is None:
+        return None
+    given = {f.words: TOKENS} if f.words else TOKENS
+    return peft.LoraConfig(task_type=f.task, target_modules=f.dense or f.linear, r=4, trainable_token_indices=given)
+
+
+TOKENS = [26, 11, 12, 32]  # in the batches of all families, between them, and not in order
 METHODS: dict[str, Callable[[Family], Any]] = {
     "LoRA": _linear(peft.LoraConfig, r=4),
     "rsLoRA": _linear(peft.LoraConfig, r=4, use_rslora=True),
@@ -62,6 +76,8 @@ METHODS: dict[str, Callable[[Family], Any]] = {
     "LoKr": _dense(peft.LoKrConfig, r=4),
     "OFT": _dense(peft.OFTConfig, oft_block_size=4),
     "LN tuning": lambda f: peft.LNTuningConfig(task_type=f.task, target_modules=list(f.norms)) if f.norms else None,
+    "trained tokens": _tokens,
+    "LoRA with tokens": _lora_and_tokens,
     "prompt tuning": _prompt(peft.PromptTuningConfig),
     "prefix tuning": _prompt(peft.PrefixTuningConfig),
     "P-tuning": _prompt(peft.PromptEncoderConfig, encoder_hidden_size=8),

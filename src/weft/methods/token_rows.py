@@ -88,7 +88,8 @@ def on_tokens(
             wrong += [f"{path} is named twice, for different tokens"] if asked.setdefault(path, tokens) != tokens else []
     if start in asked:
         tied = [p for p, m in modules.items() if p not in asked and _weight(m) is _weight(modules[start]) and not out(p)]
-        wrong += [line for p in tied for line in _misfits(p, modules[p], asked[start])]
+        strange = {p: base_class(modules[p]).__name__ for p in tied if not isinstance(modules[p], nn.Embedding | nn.Linear)}
+        wrong += [f"{p} has the same weight and is a {kind}, of which weft knows no rows of tokens" for p, kind in strange.items()]
         asked |= dict.fromkeys(tied, asked[start])
     if wrong:
         here = ", ".join(p for p, m in modules.items() if isinstance(m, nn.Embedding)) or "none"
