@@ -66,6 +66,7 @@ def test_of_several_numbers_the_first_is_the_layer_s_and_a_whole_path_counts_whe
         (lambda: weft.OFT(layers_to_transform=[-1]), ["layers_to_transform=(-1,)", "from 0"]),
         (lambda: weft.LoKr(layers_pattern="layers"), ["layers_to_transform=None", "and layers_pattern with it"]),
         (lambda: weft.LoRA(layers_to_transform=[0], layers_pattern="*layers"), ["layers_pattern='*layers'", "'layers' say"]),
+        (lambda: weft.LoRA(targets=(), target_parameters="q_proj.weight", layers_to_transform=[0]), ["chooses among the targets"]),
         (lambda: weft.PromptTuning(layers_to_transform=[0]), ["PromptTuning stands on the model"]),
         (lambda: weft.PrefixTuning(layers_to_transform=[0]), ["PrefixTuning stands on the model"]),
         (lambda: weft.PTuning(layers_to_transform=[0]), ["PTuning stands on the model"]),

@@ -23,6 +23,8 @@ def find(model: nn.Module, method: Method, strict: bool = True) -> dict[str, nn.
         WeftError: naming each target that matches nothing, or nothing that the method can adapt, with what could have matched.
     """
     if method.elsewhere():
+        if strict and method.layers_to_transform is not None:
+            raise WeftError("layers_to_transform chooses among the targets, and there are none: name parameters with their layer")
         return {}
     everything = dict(modules(model))
     able = {path: m for path, m in everything.items() if method.accepts(m) and not _bypassed(everything, path)}
