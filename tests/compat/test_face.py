@@ -5,12 +5,15 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import random
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from peft.tuners import tuners_utils
+from peft.utils import merge_utils
 
 import weft
 import weft.compat.peft as face
@@ -19,6 +22,7 @@ from tests.compat.stories_alora import HOW, config, out
 from tests.conftest import llama
 from tests.contract.test_alora import rows
 from tests.parity.families import FAMILIES
+from weft.compat.peft.targets import _find_minimal_target_modules
 
 
 def made(**more: object) -> face.PeftModel:
@@ -203,8 +207,6 @@ import sys, torch
 from peft import LoraConfig
 from importlib.metadata import version
 from tests.conftest import llama
-from tests.contract.test_alora import rows
-from tests.parity.families import FAMILIES
 assert version("peft") == weft.compat.peft.__version__
 ids = torch.arange(3, 9)[None]
 model = llama()
@@ -221,6 +223,76 @@ with torch.no_grad():
     assert torch.equal(model(ids).logits, out)
 print("done")
 """
+
+
+IMPORTS = """
+import weft.compat.peft; weft.compat.peft.install()
+from peft.helpers import DoraCaching, check_if_peft_model, disable_input_dtype_casting, rescale_adapter_scale
+from peft.import_utils import is_bnb_available, is_transformers_ge_v5, is_xpu_available
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING, get_peft_model
+from peft.mixed_model import COMPATIBLE_TUNER_TYPES
+from peft.optimizers import create_loraplus_optimizer
+from peft.peft_model import PeftModel, get_layer_status, get_peft_model_state_dict
+from peft.tuners import LoraConfig, XLoraConfig, lora
+from peft.tuners.adalora import AdaLoraLayer, RankAllocator, SVDLinear
+from peft.tuners.ia3.layer import IA3Layer, Linear as IA3Linear
+from peft.tuners.loha import LoHaLayer, Conv2d as LoHaConv2d
+from peft.tuners.lora.bnb import Linear4bit
+from peft.tuners.lora.config import CordaConfig, EvaConfig
+from peft.tuners.lora.dora import DoraLinearLayer
+from peft.tuners.lora.layer import Embedding, Linear, LoraLayer, ParamWrapper
+from peft.tuners.miss.layer import MissLayer
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _find_minimal_target_modules, check_target_module_exists
+from peft.tuners.xlora.model import XLoraModel
+from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, infer_device, _get_submodules
+from peft.utils.constants import DUMMY_MODEL_CONFIG, MIN_TARGET_MODULES_FOR_OPTIMIZATION
+from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
+from peft.utils.incremental_pca import IncrementalPCA
+from peft.utils.integrations import gather_params_ctx, init_empty_weights, skip_init_on_device
+from peft.utils.merge_utils import dare_linear, dare_ties, prune, task_arithmetic, ties
+from peft.utils.other import ModulesToSaveWrapper, id_tensor_storage
+import peft, torch
+assert LoraConfig is peft.LoraConfig and PEFT_TYPE_TO_TUNER_MAPPING["LORA"] is peft.LoraModel and XLoraConfig is peft.XLoraConfig
+model = peft.get_peft_model(torch.nn.Sequential(torch.nn.Linear(2, 2)), peft.IA3Config(target_modules=["0"], feedforward_modules=[]))
+assert isinstance(model.base_model.model[0], IA3Linear) and not issubclass(IA3Linear, LoraLayer) and lora.LoraLayer is LoraLayer
+with init_empty_weights():
+    assert torch.nn.Linear(2, 2).weight.is_meta
+print("done")
+"""
+
+
+def test_names_stand_where_they_stand_in_peft() -> None:
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", IMPORTS], capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "done" in done.stdout, done.stderr[-3000:]
+
+
+def test_tensors_are_combined_as_in_peft() -> None:
+    """The functions of `peft.utils.merge_utils`, with the same dice."""
+    ours = sys.modules["weft.compat.peft.utils.merge_utils"]
+    torch.manual_seed(0)
+    tensors, weights = [torch.randn(5, 6) for _ in range(3)], torch.tensor([0.5, 0.3, -1.2])
+    for name, more in (("task_arithmetic", ()), ("magnitude_prune", (0.4,)), ("ties", (0.4,)), ("ties", (0.4, "frequency")),
+                       ("dare_linear", (0.4,)), ("dare_ties", (0.4, "frequency"))):  # fmt: skip
+        made = []
+        for package in (merge_utils, ours):
+            torch.manual_seed(1)
+            made.append(getattr(package, name)(tensors, weights, *more))
+        assert torch.allclose(*made), name
+    for density, method in ((-1, "random"), (0.5, "x")):
+        with pytest.raises(ValueError, match=r"Density should|Unknown method"):
+            ours.prune(tensors[0], density, method)
+
+
+def test_many_targets_are_written_as_few_endings() -> None:
+    """As peft does it, for random trees of names."""
+    dice = random.Random(0)
+    for _ in range(300):
+        names = list({".".join(dice.choice("abc") for _ in range(dice.randint(1, 4))) for _ in range(dice.randint(2, 30))})
+        dice.shuffle(names)
+        wanted, others = names[: len(names) // 2 + 1], names[len(names) // 2 + 1 :]
+        assert _find_minimal_target_modules(wanted, others) == tuners_utils._find_minimal_target_modules(wanted, others)
+    config = face.LoraConfig(target_modules=[f"model.layers.{i}.self_attn.{p}_proj" for i in range(10) for p in "qv"])
+    assert face.get_peft_model(llama(num_hidden_layers=10), config).peft_config["default"].target_modules == {"q_proj", "v_proj"}
 
 
 def test_a_transformers_model_adapts_itself(tmp_path: Path) -> None:

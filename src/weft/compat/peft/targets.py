@@ -9,12 +9,13 @@ from typing import Any
 
 from torch import nn
 
-from weft.compat.peft.kinds import NoMatchingPeftModuleError, TaskType
+from weft.compat.peft.kinds import NoMatchingPeftModuleError, PeftType, TaskType
 from weft.core import is_linear, modules
 
 HEADS = ("score", "classifier")
 SHORTHAND = "all-linear"
 DUMMY = "dummy-target-modules"
+MIN_TARGET_MODULES_FOR_OPTIMIZATION = 20  # from here on a list of targets is written as the fewest endings that mean the same
 
 
 class ExcludedModule:
@@ -99,6 +100,41 @@ def inspect_matched_modules(tuner: Any, adapter_name: str = "default") -> dict[s
 def _maybe_include_all_linear_layers(peft_config: Any, model: nn.Module) -> Any:
     include_all_linear(peft_config, model, dict(modules(model)))
     return peft_config
+
+
+def _find_minimal_target_modules(target_modules: Collection[str], other_module_names: Collection[str]) -> set[str]:
+    """The shortest endings of paths that mean these modules and none of the others.
+
+    Raises ValueError for no names, an empty one, or names that stand in both.
+    """
+    if isinstance(target_modules, str) or not target_modules:
+        raise ValueError("target_modules should be a list or set of strings.")
+    wanted, others = set(target_modules), set(other_module_names)
+    if "" in wanted:
+        raise ValueError("target_modules should not contain an empty string.")
+    if wanted & others:
+        raise ValueError(f"target_modules and other_module_names contain common elements: {sorted(wanted & others)[:3]}")
+
+    def endings(path: str) -> list[str]:
+        parts = path.split(".")
+        return [".".join(parts[i:]) for i in reversed(range(len(parts)))]
+
+    taken = {e for path in others for e in endings(path)}
+    found: set[str] = set()
+    for path in sorted(wanted, key=endings):
+        if not any(path.endswith(f".{e}") for e in found):
+            found |= set([e for e in endings(path) if e not in taken and e not in found][:1])
+    return found or wanted
+
+
+def condense(config: Any, everything: Collection[str]) -> None:
+    """Write a long list of targets as the fewest endings that mean the same, as peft does."""
+    names = getattr(config, "target_modules", None)
+    if isinstance(names, list | set) and len(names) >= MIN_TARGET_MODULES_FOR_OPTIMIZATION and config.peft_type != PeftType.IA3:
+        ends = tuple(f".{n}" for n in names)
+        fewer = _find_minimal_target_modules(names, [p for p in everything if p and p not in names and not p.endswith(ends)])
+        if len(fewer) < len(names):
+            config.target_modules = fewer
 
 
 def find_targets(

@@ -22,7 +22,7 @@ from weft.compat.peft.layers_lora import mend_fan_in_fan_out
 from weft.compat.peft.methods import method_of
 from weft.compat.peft.moe import fuse_config
 from weft.compat.peft.switching import delete_adapter, enable, set_adapter, set_requires_grad
-from weft.compat.peft.targets import check_target_module_exists, find_targets, include_all_linear
+from weft.compat.peft.targets import check_target_module_exists, condense, find_targets, include_all_linear
 from weft.compat.peft.wrappers import ModulesToSaveWrapper, base_modules, wrap_whole
 from weft.core import Adapter, Front, base_class, behind, is_conv1d, open_site
 from weft.methods import LoRA
@@ -142,6 +142,7 @@ class BaseTuner(Front):
         self._check_new_adapter_config(config)
         self._prepare_adapter_config(config, self.get_model_config(model))
         include_all_linear(config, model, everything)
+        condense(config, everything)
         if state_dict and getattr(config, "target_parameters", None):
             raise ValueError(
                 "Trying to inject a PEFT adapter from a state_dict but the PEFT config uses `target_parameters`. This is not supported -- "
