@@ -200,6 +200,46 @@ def test_lora_plus() -> None:
     assert [(len(g["params"]), g["lr"]) for g in optimiser.param_groups] == [(4, 1e-3), (0, 1e-6), (4, 16e-3), (0, 16e-3)]
 
 
+def test_a_file_does_not_choose_what_is_imported(tmp_path: Path) -> None:
+    config = face.LoraConfig(target_modules=["q_proj"], base_model_name_or_path="x")
+    config.save_pretrained(tmp_path, auto_mapping_dict={"parent_library": "antigravity", "base_model_class": "X"})
+    with pytest.raises(ValueError, match="not in the import allowlist"):
+        face.AutoPeftModel.from_pretrained(tmp_path)
+    assert "antigravity" not in sys.modules
+
+
+def test_swapping_names_both_ways_and_what_cannot_be_swapped(tmp_path: Path) -> None:
+    hotswap = sys.modules["weft.compat.peft.utils.hotswap"]
+    model, other = made(), made()
+    fill(other, 3)
+    config, want = other.peft_config["default"], logits(other)
+    for state in (face.get_peft_model_state_dict(other), {n: p for n, p in other.state_dict().items() if ".lora_" in n}):
+        fill(model, 7)
+        hotswap.hotswap_adapter_from_state_dict(model, state, "default", config)
+        assert torch.equal(logits(model), want)
+    model.merge_adapter()
+    with pytest.raises(ValueError, match="currently merged"):
+        hotswap.hotswap_adapter_from_state_dict(model, {}, "default", config)
+    with pytest.raises(ValueError, match="Incompatible PEFT types"):
+        hotswap.check_hotswap_configs_compatible(config, face.IA3Config())
+    with pytest.raises(ValueError, match="Hotswapping only supports"):
+        hotswap.check_hotswap_configs_compatible(face.IA3Config(), face.IA3Config())
+    with pytest.raises(ValueError, match="for use_rslora, False != True"):
+        hotswap.check_hotswap_configs_compatible(config, face.LoraConfig(use_rslora=True))
+    with pytest.raises(ValueError, match="No adapter layers found"):
+        hotswap.prepare_model_for_compiled_hotswap(llama())
+
+
+def test_what_layers_show_besides_tensors() -> None:
+    vera = face.get_peft_model(llama(), face.VeraConfig(r=6, target_modules=["q_proj", "up_proj"]))
+    q, up = (vera.base_model.model.model.layers[0].get_submodule(n) for n in ("self_attn.q_proj", "mlp.up_proj"))
+    assert vera.base_model.vera_A["default"] is q.vera_A["default"] is up.vera_A["default"]
+    assert q.vera_B["default"].shape == (48, 6) and q.r == {"default": 6}
+    oft = face.get_peft_model(llama(), face.OFTConfig(r=0, oft_block_size=8, target_modules=["q_proj"]))
+    layer = oft.base_model.model.model.layers[0].self_attn.q_proj
+    assert (layer.r, layer.oft_block_size) == ({"default": 4}, {"default": 8})
+
+
 INTEGRATION = """
 import warnings; warnings.simplefilter("ignore")
 import weft.compat.peft; weft.compat.peft.install()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from weft.compat.peft import layers_lora
 from weft.compat.peft.kinds import PeftType
@@ -37,12 +37,15 @@ class IA3Layer(BaseTunerLayer):
 class LycorisLayer(BaseTunerLayer):
     """What LoHa's and LoKr's layers share."""
 
+    other_param_names: tuple[str, ...] = ("r", "alpha", "scaling", "rank_dropout", "rank_dropout_scale", "module_dropout")
+
     def __init__(self, base_layer: Any, **kwargs: Any) -> None:
         super().__init__(base_layer, **kwargs)
         self.r: dict[str, int] = {}
         self.alpha: dict[str, float] = {}
         self.rank_dropout: dict[str, float] = {}
         self.module_dropout: dict[str, float] = {}
+        self.rank_dropout_scale: dict[str, bool] = {}
 
     @property
     def scaling(self) -> Live:
@@ -52,6 +55,7 @@ class LycorisLayer(BaseTunerLayer):
     def _added(self, name: str, adapter: Adapter, config: Any) -> None:
         self.r[name], self.alpha[name] = config.r, config.alpha
         self.rank_dropout[name], self.module_dropout[name] = config.rank_dropout, config.module_dropout
+        self.rank_dropout_scale[name] = bool(getattr(config, "rank_dropout_scale", False))
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         return True
@@ -97,7 +101,17 @@ class OFTLayer(BaseTunerLayer):
 
     FAMILY: ClassVar[str] = "oft"
     adapter_layer_names: tuple[str, ...] = ("oft_R",)
+    other_param_names: tuple[str, ...] = ("r", "oft_block_size")
     CONTAINERS: ClassVar[Mapping[str, type[nn.Module]]] = {"oft_R": nn.ModuleDict}
+
+    def __init__(self, base_layer: Any, **kwargs: Any) -> None:
+        super().__init__(base_layer, **kwargs)
+        self.r: dict[str, int] = {}
+        self.oft_block_size: dict[str, int] = {}
+
+    def _added(self, name: str, adapter: Adapter, config: Any) -> None:
+        made: Any = adapter
+        self.r[name], self.oft_block_size[name] = made.blocks, made.size
 
 
 class VeraLayer(BaseTunerLayer):
@@ -105,7 +119,28 @@ class VeraLayer(BaseTunerLayer):
 
     FAMILY: ClassVar[str] = "vera"
     adapter_layer_names: tuple[str, ...] = ("vera_lambda_b", "vera_lambda_d")
+    other_param_names: tuple[str, ...] = ("vera_A", "vera_B", "r")
     CONTAINERS: ClassVar[Mapping[str, type[nn.Module]]] = {"vera_lambda_b": _PARAMETERS, "vera_lambda_d": _PARAMETERS}
+
+    @property
+    def r(self) -> dict[str, int]:
+        """By adapter, its rank."""
+        vectors: Any = self.vera_lambda_d
+        return {name: len(vectors[name]) for name in self.names}
+
+    @property
+    def vera_A(self) -> dict[str, Tensor]:
+        """By adapter, the A that all layers share (rank, largest in)."""
+        return {name: self._shared(name)[0] for name in self.names}
+
+    @property
+    def vera_B(self) -> dict[str, Tensor]:
+        """By adapter, the B that all layers share (largest out, rank)."""
+        return {name: self._shared(name)[1] for name in self.names}
+
+    def _shared(self, name: str) -> tuple[Tensor, Tensor]:
+        made: Any = self.slot[name]
+        return made.shared.on(made.d.device)  # type: ignore[no-any-return]
 
 
 class LNTuningLayer(BaseTunerLayer):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 
 from weft.compat.peft.config import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig
 from weft.compat.peft.kinds import PeftType
+from weft.compat.peft.layers import fronts
 from weft.compat.peft.layers_lora import LoraLayer
 from weft.compat.peft.state import live_names, load_peft_weights
 from weft.compat.peft.targets import get_pattern_key
@@ -22,27 +24,46 @@ def hotswap_adapter(model: Any, model_name_or_path: str, adapter_name: str, torc
     config = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(PeftConfig._get_peft_type(model_name_or_path, **kwargs))].from_pretrained(
         model_name_or_path, **kwargs
     )
-    current = model.peft_config[adapter_name]
+    current = model.peft_config.get(adapter_name)
     if getattr(config, "trainable_token_indices", None) or getattr(current, "trainable_token_indices", None):
         raise ValueError("Hotswapping does not work with trained tokens (`trainable_token_indices`).")
-    if config.peft_type != PeftType.LORA or current.peft_type != PeftType.LORA:
-        raise ValueError(f"Hotswapping only works for LoRA but got {config.peft_type} and {current.peft_type}.")
-    for field in ("use_rslora", "lora_dropout", "alpha_pattern", "use_dora"):
-        ours, theirs = getattr(current, field), getattr(config, field)
-        if ours != theirs and field in ("use_rslora", "use_dora"):
-            raise ValueError(f"Configs are incompatible: for {field}, {ours} != {theirs}")
+    if current is not None:
+        check_hotswap_configs_compatible(current, config)
     hotswap_adapter_from_state_dict(model, load_peft_weights(model_name_or_path, device=torch_device, **kwargs), adapter_name, config)
+
+
+def check_hotswap_configs_compatible(config0: Any, config1: Any) -> None:
+    """Raise ValueError unless weights of the one may stand where those of the other are."""
+    kinds = [PeftType(c.peft_type).value for c in (config0, config1)]
+    if kinds[0] != kinds[1]:
+        raise ValueError(f"Incompatible PEFT types found: {kinds[0]} and {kinds[1]}")
+    if kinds[0] != PeftType.LORA.value:
+        raise ValueError(f"Hotswapping only supports {PeftType.LORA} but {kinds[0]} was passed.")
+    for field in ("use_rslora", "lora_dropout", "alpha_pattern", "use_dora"):
+        ours, theirs = getattr(config0, field), getattr(config1, field)
+        if ours != theirs:
+            raise ValueError(f"Configs are incompatible: for {field}, {ours} != {theirs}")
 
 
 def hotswap_adapter_from_state_dict(
     model: nn.Module, state_dict: dict[str, torch.Tensor], adapter_name: str, config: Any, parameter_prefix: str = "lora_"
 ) -> None:
-    """As `hotswap_adapter`, with the tensors at hand. Layers that the new adapter does not have are left without an update."""
+    """As `hotswap_adapter`, with the tensors at hand, under their names in the file or in the model.
+
+    Layers that the new adapter does not have are left without an update.
+    """
+    model = getattr(model, "_orig_mod", model)
+    if any(adapter_name in front.merged_adapters for front in fronts(model)):
+        raise ValueError(
+            f"Cannot hot-swap adapter '{adapter_name}' because it is currently merged into the base weights. Please unmerge the adapter "
+            "first by calling `peft_model.unmerge_adapter()`."
+        )
     names = live_names(model, adapter_name, model.state_dict())
-    extra = sorted(set(state_dict) - set(names))
+    given = {names.get(key, key): value for key, value in state_dict.items()}
+    extra = sorted(set(given) - set(names.values()))
     if extra:
         raise RuntimeError(f"Hot swapping the adapter did not succeed, unexpected keys found: {', '.join(extra)}.")
-    live = {live: state_dict.get(file) for file, live in names.items()}
+    live = {name: given.get(name) for name in names.values()}
     for path, module in model.named_modules():
         if not isinstance(module, LoraLayer) or adapter_name not in module.trains:
             continue
@@ -78,8 +99,22 @@ def prepare_model_for_compiled_hotswap(
     model: nn.Module, *, target_rank: int | None = None, config: Any = None, check_compiled: str = "error"
 ) -> None:
     """Make room for ranks up to `target_rank`, with zeros that change nothing, so that a compiled model keeps its shapes."""
-    if hasattr(model, "_orig_mod") and check_compiled == "error":
-        raise ValueError("Call prepare_model_for_compiled_hotswap *before* compiling the model")
+    if hasattr(model, "_orig_mod"):
+        if check_compiled == "error":
+            raise ValueError("Call prepare_model_for_compiled_hotswap *before* compiling the model")
+        if check_compiled == "warn":
+            warnings.warn(
+                "prepare_model_for_compiled_hotswap was called with a model that is already compiled. This will likely result in "
+                "re-compilation, hurting performance. Call the function before compiling the model.",
+                stacklevel=2,
+            )
+        elif check_compiled != "ignore":
+            raise ValueError(f"check_compiles should be one of 'error', 'warn', or 'ignore', got '{check_compiled}' instead.")
+    if not any(isinstance(f, LoraLayer) for f in fronts(model)):
+        raise ValueError(
+            "No adapter layers found on the model, make sure call `prepare_model_for_compiled_hotswap` after loading the first adapter "
+            "and before loading the second adapter."
+        )
     for module in model.modules():
         for name in module.names if isinstance(module, LoraLayer) and target_rank else ():
             adapter: Any = module.slot[name]
@@ -87,7 +122,8 @@ def prepare_model_for_compiled_hotswap(
                 p = getattr(adapter, key)
                 if p.shape[dim] > target_rank:  # type: ignore[operator]
                     raise ValueError(
-                        f"Trying to pad the adapter to the target rank {target_rank}, but the original rank is larger ({p.shape[dim]})."
+                        f"Trying to pad the adapter to the target rank {target_rank}, but the original rank is larger ({p.shape[dim]}). "
+                        "This is not possible."
                     )
                 shape = [target_rank if i == dim else s for i, s in enumerate(p.shape)]
                 wide = p.new_zeros(shape)

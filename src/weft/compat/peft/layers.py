@@ -30,6 +30,8 @@ class BaseTunerLayer(Front):
     told: ClassVar[bool] = True  # whether the family stands before the class in what is printed
     stored: bool = True  # whether its adapters stand in their file; where two layers share them, one does not
     shown: ClassVar[str] = ""  # the name of the class in peft, where it differs
+    quantization_backend: None = None  # how the base is packed is the base's own affair
+    cast_input_dtype_enabled = True
 
     def __init__(self, base_layer: Site | BaseTunerLayer, **kwargs: Any) -> None:
         super().__init__()
@@ -91,6 +93,10 @@ class BaseTunerLayer(Front):
     def get_base_weight(self) -> Tensor:
         """The base's weight as numbers, whatever it is packed in."""
         return dense(self.get_base_layer())
+
+    def set_base_weight(self, weight_data: Tensor) -> None:
+        """Put another tensor in the place of the base's weight."""
+        self.weight.data = weight_data
 
     def _get_name(self) -> str:
         return self.shown or type(self).__name__

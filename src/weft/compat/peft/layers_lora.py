@@ -21,8 +21,9 @@ class LoraLayer(BaseTunerLayer):
     """A layer with LoRA adapters."""
 
     FAMILY: ClassVar[str] = "lora"
-    adapter_layer_names: tuple[str, ...] = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")
-    other_param_names: tuple[str, ...] = ("r", "lora_alpha", "scaling", "lora_dropout")
+    adapter_layer_names: tuple[str, ...] = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
+    other_param_names: tuple[str, ...] = ("r", "lora_alpha", "scaling", "lora_dropout", "use_dora", "use_rslora", "lora_bias")
+    ephemeral_gpu_offload = False
     CONTAINERS: ClassVar[Mapping[str, type[nn.Module]]] = {
         "lora_dropout": nn.ModuleDict, "lora_A": nn.ModuleDict, "lora_B": nn.ModuleDict, "lora_embedding_A": nn.ParameterDict,
         "lora_embedding_B": nn.ParameterDict, "lora_magnitude_vector": nn.ModuleDict,
@@ -34,7 +35,7 @@ class LoraLayer(BaseTunerLayer):
         self.use_rslora: dict[str, bool] = {}
         self.use_dora: dict[str, bool] = {}
         self.lora_bias: dict[str, bool] = {}
-        self.cast_input_dtype_enabled = True
+        self.lora_variant: dict[str, Any] = {}  # peft's classes for DoRA and its like; here the adapter itself is of another class
 
     @property
     def scaling(self) -> Live:
@@ -130,6 +131,7 @@ class AdaLoraLayer(LoraLayer):
 
     FAMILY: ClassVar[str] = "adalora"
     adapter_layer_names: tuple[str, ...] = ("lora_A", "lora_B", "lora_E", "lora_embedding_A", "lora_embedding_B")
+    other_param_names: tuple[str, ...] = ("r", "lora_alpha", "scaling", "lora_dropout", "ranknum")
     CONTAINERS: ClassVar[Mapping[str, type[nn.Module]]] = {
         "lora_dropout": nn.ModuleDict, "lora_A": nn.ParameterDict, "lora_B": nn.ParameterDict, "lora_E": nn.ParameterDict,
         "ranknum": nn.ParameterDict,

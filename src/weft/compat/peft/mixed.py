@@ -37,9 +37,9 @@ class PeftMixedModel(Front):
         super().__init__()
         _check(peft_config)
         self.training = model.training
-        self.modules_to_save = None
+        self.modules_to_save: set[str] | None = None
         self.base_model = MixedModel(model, {adapter_name: peft_config}, adapter_name)
-        self.active: list[str] = [adapter_name]
+        self.set_modules_to_save(peft_config, adapter_name)
 
     @property
     def behind(self) -> nn.Module:
@@ -64,6 +64,17 @@ class PeftMixedModel(Front):
             if name == "base_model":
                 raise
             return getattr(self.base_model, name)
+
+    @property
+    def config(self) -> Any:
+        """The base's own configuration."""
+        return getattr(self.base_model.model, "config", {"model_type": "custom"})
+
+    def set_modules_to_save(self, peft_config: PeftConfig, adapter_name: str) -> None:
+        """Remember which modules an adapter trains whole."""
+        wanted = getattr(peft_config, "modules_to_save", None)
+        if wanted:
+            self.modules_to_save = set(wanted) | (self.modules_to_save or set())
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.base_model(*args, **kwargs)
@@ -102,6 +113,7 @@ class PeftMixedModel(Front):
         except Exception:
             self.peft_config.pop(adapter_name, None)
             raise
+        self.set_modules_to_save(peft_config, adapter_name)
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Choose the adapters that work: one or several, of any method."""

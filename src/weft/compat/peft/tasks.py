@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -140,6 +141,16 @@ MODEL_TYPE_TO_PEFT_MODEL_MAPPING.update(
 )
 
 
+def get_default_import_allowlist() -> list[str]:
+    """The packages from which a base's class may come, as an adapter's file names it: a file must not choose what is imported."""
+    return ["diffusers", "lerobot", "megatron-core", "transformers"]
+
+
+def check_import_allowlist(allowlist: Sequence[str], parent_name: str) -> bool:
+    """Whether a module is one of these packages, or inside one."""
+    return any(parent_name == allowed or parent_name.startswith(f"{allowed}.") for allowed in allowlist)
+
+
 class _BaseAutoPeftModel:
     """Base and adapter by the adapter's name alone."""
 
@@ -161,24 +172,33 @@ class _BaseAutoPeftModel:
         is_trainable: bool = False,
         config: PeftConfig | None = None,
         revision: str | None = None,
+        import_allowlist: Sequence[str] | None = None,
         **kwargs: Any,
     ) -> Any:
         """The base that the adapter's configuration names, with the adapter on it. A tokenizer beside it sets the vocabulary's size."""
         found = PeftConfig.from_pretrained(pretrained_model_name_or_path, revision=revision, **kwargs)
         task = getattr(found.task_type, "value", found.task_type)
         base, target, expected = found.base_model_name_or_path, cls._target_class, cls._target_peft_class
-        if expected is not None:
-            kind = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(task, PeftModel)
+        if target is None and task is not None:
+            raise ValueError(
+                "Cannot use `AutoPeftModel` with a task type, please use a specific class for your task type. "
+                "(e.g. `AutoPeftModelForCausalLM` for `task_type='CAUSAL_LM'`)"
+            )
+        if task is not None:
+            kind = MODEL_TYPE_TO_PEFT_MODEL_MAPPING[task]
             if kind.__name__ != expected.__name__:
                 raise ValueError(
                     f"Expected target PEFT class: {kind.__name__}, but you have asked for: {expected.__name__} make sure that you are "
                     "loading the correct model for your task type."
                 )
-        elif task is None and found.auto_mapping is not None:
-            library = importlib.import_module(found.auto_mapping["parent_library"])
-            target = getattr(library, found.auto_mapping["base_model_class"])
-        elif task is not None:
-            target = AUTO[task]._target_class
+        elif found.auto_mapping is not None:
+            place = found.auto_mapping["parent_library"]
+            if not check_import_allowlist(import_allowlist or get_default_import_allowlist(), place):
+                raise ValueError(
+                    f"The auto mapping wants to import '{place}' which is not in the import allowlist. If you are sure that importing "
+                    f"this library is safe, specify `import_allowlist=['{place}']` in `from_pretrained()`."
+                )
+            target = getattr(importlib.import_module(place), found.auto_mapping["base_model_class"])
         else:
             raise ValueError(
                 "Cannot infer the auto class from the config, please make sure that you are loading the correct model for your task type."
@@ -192,14 +212,15 @@ class _BaseAutoPeftModel:
             )
             if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
                 model.resize_token_embeddings(len(tokenizer))
-        wrap = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(task, PeftModel)
-        return wrap.from_pretrained(
+        return expected.from_pretrained(
             model, pretrained_model_name_or_path, adapter_name=adapter_name, is_trainable=is_trainable, config=config, **kwargs
         )
 
 
 class AutoPeftModel(_BaseAutoPeftModel):
-    """For whatever task the adapter's configuration says."""
+    """For an adapter whose configuration names the base's class and no task."""
+
+    _target_peft_class = PeftModel
 
 
 class AutoPeftModelForCausalLM(_BaseAutoPeftModel):
@@ -236,13 +257,3 @@ class AutoPeftModelForFeatureExtraction(_BaseAutoPeftModel):
     """An encoder with its adapter."""
 
     _target_class, _target_peft_class = transformers.AutoModel, PeftModelForFeatureExtraction
-
-
-AUTO: dict[str, Any] = {
-    "CAUSAL_LM": AutoPeftModelForCausalLM,
-    "SEQ_2_SEQ_LM": AutoPeftModelForSeq2SeqLM,
-    "SEQ_CLS": AutoPeftModelForSequenceClassification,
-    "TOKEN_CLS": AutoPeftModelForTokenClassification,
-    "QUESTION_ANS": AutoPeftModelForQuestionAnswering,
-    "FEATURE_EXTRACTION": AutoPeftModelForFeatureExtraction,
-}

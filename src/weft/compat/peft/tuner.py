@@ -55,7 +55,7 @@ class BaseTuner(Front):
         self.targeted_module_names: list[str] = []
         self.targeted_parameter_names: list[str] = []
         given = peft_config if isinstance(peft_config, dict) else {adapter_name: peft_config}
-        before = model.__dict__.get("peft_config")
+        before = getattr(model, "peft_config", None)
         if before is not None and before is not given:
             warnings.warn(
                 "Already found a `peft_config` attribute in the model. This will lead to having multiple adapters in the model. "
@@ -71,6 +71,11 @@ class BaseTuner(Front):
     @property
     def behind(self) -> nn.Module:
         return self.model
+
+    @property
+    def target_module_mapping(self) -> dict[str, Any]:
+        """Which layers the method adapts by itself, by `model_type`."""
+        return TARGETS.get(self.KIND, {})
 
     @property
     def active_adapters(self) -> list[str]:

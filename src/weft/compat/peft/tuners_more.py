@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import Tensor
+
 from weft.compat.peft import families, layers_lora
 from weft.compat.peft.kinds import PeftType
 from weft.compat.peft.layers import fronts
@@ -128,6 +130,16 @@ class VeraModel(BaseTuner):
     tuner_layer_cls = families.VeraLayer
     uses_shared_state = True
     KIND = PeftType.VERA
+
+    @property
+    def vera_A(self) -> dict[str, Tensor]:
+        """By adapter, the A that all layers share."""
+        return {n: a for f in fronts(self.model) if isinstance(f, families.VeraLayer) for n, a in f.vera_A.items()}
+
+    @property
+    def vera_B(self) -> dict[str, Tensor]:
+        """By adapter, the B that all layers share."""
+        return {n: b for f in fronts(self.model) if isinstance(f, families.VeraLayer) for n, b in f.vera_B.items()}
 
 
 class LNTuningModel(BaseTuner):

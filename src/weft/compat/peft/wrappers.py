@@ -75,7 +75,7 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
     def __init__(self, module_to_save: nn.Module, adapter_name: str, **kwargs: Any) -> None:
         super().__init__(module_to_save)
         self.modules_to_save = nn.ModuleDict()
-        self._active_adapter = [adapter_name]
+        self._active_adapter = adapter_name
         self.update(adapter_name)
 
     def _error_message_name(self) -> str:
@@ -125,6 +125,9 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
             out = out.index_copy(0, rows, y)
         return out
 
+    def _get_available_adapters(self) -> set[str]:
+        return set(self.modules_to_save)
+
     def check_set_adapter(self, adapter_name: str | Sequence[str]) -> str | None:
         """The one of these names that this module has a copy for."""
         if isinstance(adapter_name, str):
@@ -144,7 +147,7 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
                 raise ValueError(f"Adapter {name} not found in {self._adapters}")
         for name, module in self.modules_to_save.items():
             module.requires_grad_(name in chosen and not inference_mode)
-        self._active_adapter = chosen
+        self._active_adapter = chosen[0] if chosen else []
 
     def delete_adapter(self, adapter_name: str, new_active_adapters: Sequence[str] | None) -> None:
         """Drop a copy."""
