@@ -54,7 +54,6 @@ INNER = {  # names that other modules lack, which are here
     "tuners.lora": "GPTQLoraLinear create_arrow_model preprocess_loraga", "tuners.lora.layer": "LoraVariant",
     "tuners.adalora": "SVDQuantLinear",
     "tuners.adalora.layer": "SVDConv2d", "optimizers": "create_riemannian_optimizer", "helpers": "KappaTuneSelector MontecloraTrainerMixin",
-    "utils": "TrainableTokensWrapper", "utils.other": "TrainableTokensWrapper",
     "tuners.p_tuning": "PromptEncoder", "tuners.prefix_tuning": "PrefixEncoder", "tuners.prompt_tuning": "PromptEmbedding",
     "tuners": " ".join(sorted(NAMES)),
     "tuners.lora.config": "BdLoraConfig KasaConfig MontecloraConfig VeloraConfig",
