@@ -5,12 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
 
 import weft
-from tests.cli.conftest import Ran, World, snapshot
+from tests.cli.conftest import Ran, World, snapshot, tokenizer
+from tests.conftest import jolt
 from weft.core import sites
 from weft.quant import dense, is_quantised
 
@@ -88,3 +91,36 @@ def test_rounding_by_chance(onto: str, world: World, run: Run, tmp_path: Path) -
 def test_what_is_refused(more: list[str], says: str, world: World, run: Run, tmp_path: Path) -> None:
     ran = run("merge", "--model", world.base, "--adapter", world.a, "-o", tmp_path / "out", *more)
     assert ran.code == 2 and says in ran.err and snapshot(tmp_path) == {}
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "mixtral"])
+@pytest.mark.parametrize("packed", ["nf4", "int8"])
+def test_conv1d_and_fused_experts(kind: str, packed: str, run: Run, tmp_path: Path) -> None:
+    words = tokenizer()
+    torch.manual_seed(0)
+    if kind == "gpt2":
+        model: Any = GPT2LMHeadModel(GPT2Config(
+            vocab_size=len(words), n_embd=32, n_layer=1, n_head=4, n_positions=512, pad_token_id=256, bos_token_id=257, eos_token_id=257,
+        ))  # fmt: skip
+        method = weft.LoRA(rank=2, targets=("c_attn", "c_fc"))
+    else:
+        model = MixtralForCausalLM(MixtralConfig(
+            vocab_size=len(words), hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
+            num_local_experts=4, num_experts_per_tok=2, max_position_embeddings=64, pad_token_id=256, bos_token_id=None, eos_token_id=257,
+        ))  # fmt: skip
+        method = weft.LoRA(rank=2, targets=("q_proj",), target_parameters=("experts.gate_up_proj", "experts.down_proj"))
+    model.save_pretrained(tmp_path / "base")
+    words.save_pretrained(tmp_path / "base")
+    assert run("quantize", tmp_path / "base", "--base", packed, "-o", tmp_path / "packed").code == 0
+    tuned = weft.adapt(weft.load_base(tmp_path / "packed", device="cpu"), method)
+    jolt(tuned, 0.05)
+    weft.save(tuned, tmp_path / "adapter")
+    before, merge = snapshot(tmp_path), ["merge", "--model", tmp_path / "packed", "--adapter", tmp_path / "adapter", "-o", tmp_path / "out"]
+    for more, says in (([], "--onto trained"), (["--onto", "trained", "--into", packed], "--into"), (["--onto", "source"], "--onto")):
+        ran = run(*merge, *more)
+        assert ran.code == 2 and says in ran.err and snapshot(tmp_path) == before, (more, ran.err)
+    ran = run(*merge, "--onto", "trained", "--dtype", "fp32")
+    assert ran.code == 0, ran.err
+    assert not any(map(is_quantised, weft.load_base(tmp_path / "out", device="cpu").modules()))
+    wanted = logits(tmp_path / "packed", "auto", tmp_path / "adapter")
+    assert (logits(tmp_path / "out", "fp32") - wanted).norm() < 0.02 * wanted.norm()

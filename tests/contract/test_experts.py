@@ -20,6 +20,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 import weft
 from tests.conftest import jolt
 from weft.adapters import attached, trainable
+from weft.methods.experts import grouped
 from weft.methods.parameters import whole
 from weft.quant import FORMATS, projections, quantise_, routable
 
@@ -106,6 +107,23 @@ def test_expert_by_expert_equals_the_whole(
     weight = torch.randn(tokens, width)
     for mine, its in zip(*(gradients(model, y, (x, weights), weight) for y in (got, want)), strict=True):
         assert far(mine, its) < 1e-4
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_grouped_products_equal_the_whole(kind: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model = Holder(kind, 16, 24).to(dtype)
+    names = projections(model.experts)
+    stack = adapted(model, names, [8, 16])
+    x, chosen, weights = inputs(11, 2, 16, EXPERTS - 1, dtype)
+    updates = {n: [a.factors(model.experts)[n] for a in stack] for n in names}
+    got, want = grouped(model.experts, updates, x, chosen, weights), whole(model.experts, stack, x, chosen, weights)
+    near = 1e-5 if dtype == torch.float32 else 0.03
+    assert far(got, want) < near
+    weight = torch.randn(11, 16)
+    for mine, its in zip(*(gradients(model, y, (x, weights), weight) for y in (got, want)), strict=True):
+        assert far(mine, its) < near
 
 
 def test_experts_of_other_processes_add_nothing() -> None:

@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
         from weft.cli.quantize import write
         from weft.core import WeftError
         from weft.models import BASES
-        from weft.quant import Quantised, quantise_
+        from weft.quant import Quantised, quantise_, unpack_
 
     trained = _trained_in(base, adapter.folder, args.base)
     into = _packing(args)
@@ -71,6 +71,9 @@ def run(args: argparse.Namespace) -> int:
             weft.adapters.merge(model, keep=False, untie=args.untie)
         except WeftError as e:
             raise WeftError(str(e).replace("untie=True", "--untie")) from None
+        for layer in model.modules():  # the adapter left these alone
+            if isinstance(layer, Quantised):
+                unpack_(layer)
         cast(model, BASES[wanted])
     with step("asking the merged model"):
         after = logits(cast(model, BASES[working]), ids)

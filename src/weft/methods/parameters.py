@@ -15,16 +15,17 @@ import torch
 from torch import Tensor, nn
 
 from weft.core import Adapter, Around, Method, Mixture, Site, WeftError, base_class, logical, matcher, numbers, plain, several
-from weft.kernels.low_rank import low_rank_add
-from weft.quant import routable, routed
-from weft.quant.experts import Add
+from weft.methods import experts
+from weft.methods.experts import Update
+from weft.quant import Quantised, routable
+from weft.quant.experts import in_dtype
 
 if TYPE_CHECKING:
     from weft.methods.lora import LoRA
 
 
 class LowRankParameters(Adapter):
-    """The updates of some parameters of one module. Experts that keep transformers' contract are computed by `routed`, others as a whole.
+    """The updates of some parameters of one module. Experts that keep transformers' contract go the ways of `experts`, others `whole`.
 
     Args:
         names: Which parameters; the first one is the outermost in peft's files. Their factors are A0 and B0, A1 and B1, ...
@@ -44,7 +45,7 @@ class LowRankParameters(Adapter):
             self.register_parameter(f"A{i}", method.first(torch.empty(experts * rank, inside), rank))
             self.register_parameter(f"B{i}", nn.Parameter(torch.zeros(outside, rank * experts)))
 
-    def factors(self, module: Any) -> dict[str, tuple[Tensor, Tensor, float]]:
+    def factors(self, module: Any) -> dict[str, Update]:
         """A (experts, rank, in), B (experts, out, rank) and s of each parameter."""
         found = {}
         for i, (name, scale) in enumerate(zip(self.names, self.scales, strict=True)):
@@ -70,8 +71,13 @@ class LowRankParameters(Adapter):
         if type(seen) is Around:
             raise WeftError("an adapter on the parameters of a module stands beside its like only; let one of them work at a time")
         if not kwargs and routable(module, {name for a in stack for name in a.names}, inputs):
-            x, chosen, weights = inputs
-            return routed(module, x, chosen, weights, _adding(module, stack))
+            updates: dict[str, list[Update]] = {}
+            for adapter in stack:
+                for name, update in adapter.factors(module).items():
+                    updates.setdefault(name, []).append(update)
+            way = experts.way(module, updates, inputs[0])
+            if way is not None:
+                return way(module, updates, *inputs)
         return whole(module, stack, *inputs, **kwargs)
 
     def merged(self, layer: Site | Around) -> dict[str, Tensor]:
@@ -88,30 +94,16 @@ class LowRankParameters(Adapter):
         return super().mixed(mixture, layer, *inputs, **kwargs)
 
 
-def _adding(module: Any, stack: Sequence[LowRankParameters]) -> Add:
-    """y + s · B_e (A_e x) for each adapter of the stack."""
-    mine: dict[str, list[tuple[Sequence[Tensor], Sequence[Tensor], float]]] = {}
-    for adapter in stack:
-        for name, (A, B, scale) in adapter.factors(module).items():
-            mine.setdefault(name, []).append((A.unbind(), B.contiguous().unbind(), scale))
-
-    def add(name: str, expert: int, x: Tensor, y: Tensor) -> Tensor:
-        for A, B, scale in mine.get(name, ()):
-            y = low_rank_add(y, x, A[expert], B[expert], scale)
-        return y
-
-    return add
-
-
 def whole(module: Any, stack: Sequence[LowRankParameters], *inputs: Any, **kwargs: Any) -> Any:
-    """What any module computes with W + s·BA in its parameters' places: the twin of `routed`, at a weight-sized sum for each of them."""
+    """What any module computes with W + s·BA in its parameters' places: the twin of `experts`, at a weight-sized sum for each of them."""
     total: dict[str, Tensor] = {}
     for adapter in stack:
         for name, delta in adapter.updates(module).items():
             total[name] = total[name] + delta if name in total else delta
     base: Any = object.__new__(base_class(module))  # the same state under the base's own class, so that its forward has no slot
     base.__dict__ = module.__dict__
-    own = {name: numbers(module, name) + delta.to(logical(module, name)[1]) for name, delta in total.items()}
+    dtype = {name: in_dtype(module, inputs) if isinstance(module, Quantised) else logical(module, name)[1] for name in total}
+    own = {name: (numbers(module, name) + delta.to(logical(module, name)[1])).to(dtype[name]) for name, delta in total.items()}
     return torch.func.functional_call(base, own, inputs, kwargs)
 
 

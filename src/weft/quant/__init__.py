@@ -5,7 +5,7 @@ from weft.quant.convert import Packing, QuantReport, bits, candidates, install, 
 from weft.quant.decoding import Decoding
 from weft.quant.experts import projections, routable, routed
 from weft.quant.formats import FORMATS, Format, format_of, writable
-from weft.quant.layers import Quantised, QuantLinear, computing, dense, is_quantised, settle
+from weft.quant.layers import Quantised, QuantLinear, computing, dense, is_quantised, settle, unpack_
 
 __all__ = [
     "FORMATS",
@@ -34,5 +34,6 @@ __all__ = [
     "routable",
     "routed",
     "settle",
+    "unpack_",
     "writable",
 ]

@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from weft.quant.experts import pays, routable, routed
+from weft.quant.experts import in_dtype, pays, routable, routed
 from weft.quant.formats import FORMATS
 from weft.quant.layers import Quantised
 
@@ -28,12 +28,13 @@ class Decoding(Quantised):
             return super().forward(*inputs, **kwargs)
         if len(packed) == len(self.shapes) and not kwargs and pays(inputs) and routable(self, self.shapes, inputs):
             return routed(self, *inputs)
-        numbers = {name: self.form.unpack(held, self.shapes[name], self.dtype) for name, held in packed.items()}
+        dtype = in_dtype(self, inputs)
+        numbers = {name: self.form.unpack(held, self.shapes[name], dtype) for name, held in packed.items()}
         shell: Any = object.__new__(self.own)  # the same state under the layer's own class
         shell.__dict__ = self.__dict__
         if torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return torch.func.functional_call(shell, numbers, inputs, kwargs)
-        keep = _Forget(self, numbers, packed)
+        keep = _Forget(self, numbers, packed, dtype)
         with torch.autograd.graph.saved_tensors_hooks(keep.pack, keep.unpack):
             return torch.func.functional_call(shell, numbers, inputs, kwargs)
 
@@ -41,8 +42,8 @@ class Decoding(Quantised):
 class _Forget:
     """Instead of a view of decoded experts autograd keeps where in which weight it lies."""
 
-    def __init__(self, layer: Decoding, numbers: dict[str, Tensor], packed: dict[str, dict[str, Tensor]]) -> None:
-        self.form, self.dtype, self.packed = layer.form, layer.dtype, packed
+    def __init__(self, layer: Decoding, numbers: dict[str, Tensor], packed: dict[str, dict[str, Tensor]], dtype: torch.dtype) -> None:
+        self.form, self.dtype, self.packed = layer.form, dtype, packed
         self.shapes = {name: layer.shapes[name] for name in packed}
         self.owner = {t.untyped_storage().data_ptr(): name for name, t in numbers.items()}
 

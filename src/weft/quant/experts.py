@@ -50,10 +50,17 @@ def routed(module: Any, x: Tensor, chosen: Tensor, weights: Tensor, add: Add | N
     order = order[: sum(counts)]
     if not len(order):
         return torch.zeros_like(x)
+    return through(module, lambda name, h: _each(module, name, h, counts, add), x, order, chosen, weights)
+
+
+def through(
+    module: Any, each: Callable[[str, Tensor], Tensor], x: Tensor, order: Tensor, chosen: Tensor, weights: Tensor
+) -> Tensor:
+    """The way through the experts; `each` is the product of one of the parameters with tokens that lie expert after expert, in `order`."""
     first, second = projections(module)
-    h = _each(module, first, x[order // chosen.shape[1]], counts, add)
+    h = each(first, x[order // chosen.shape[1]])
     h = module._apply_gate(h) if module.has_gate else module.act_fn(h)
-    h = _each(module, second, h, counts, add)
+    h = each(second, h)
     if getattr(module, "has_post_expert_norm", False):
         h = module.post_expert_norm(h)
     h = h * weights.flatten()[order, None]
@@ -82,11 +89,19 @@ def _product(module: Any, name: str, expert: int, x: Tensor) -> Tensor:
         return F.linear(x.to(W.dtype), W.mT if module.is_transposed else W)
     part = module.form.part(module.tensors(name), module.shapes[name], expert)
     kind = x.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else module.dtype
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else in_dtype(module, (x,))
     held = [part.get(key) for key in module.form.beside]
     held += [None] * (3 - len(held))
     shape = module.shapes[name][1:]
     return Product.apply(x.to(dtype), module.form.name, shape, module.is_transposed, part["weight"], *held)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def in_dtype(module: Quantised, inputs: Sequence[Any]) -> torch.dtype:
+    """What a layer decodes to: the dtype of its input, as a linear layer does; under autocast, or without such an input, its own."""
+    x = inputs[0] if inputs else None
+    if not isinstance(x, Tensor) or not x.is_floating_point() or torch.is_autocast_enabled(x.device.type):
+        return module.dtype
+    return x.dtype
 
 
 def _packed(module: Any, name: str) -> bool:

@@ -181,6 +181,14 @@ def settle(module: nn.Module) -> None:
     module.__class__ = own
 
 
+def unpack_(module: nn.Module) -> None:
+    """Let a layer hold numbers in place of its packed parameters, as the class that it had before."""
+    if isinstance(module, Quantised):
+        for name in filter(module.is_packed, module.shapes):
+            module._parameters[name] = nn.Parameter(module.unpacked(name), requires_grad=False)
+    settle(module)
+
+
 def dense(layer: Any, name: str = "weight") -> Tensor:
     """A parameter of any layer as a floating-point tensor, in the layer's own layout and dtype.
 
