@@ -5,7 +5,8 @@
 
 Without bitsandbytes weft runs alone.
 
-Host peak: of what the process holds in memory of its own (RssAnon, sampled), without pages of files, which the system may drop.
+Host peak: of what the process holds in memory of its own (RssAnon, sampled), without pages of files, which the system may drop; and of
+both (RssAnon and RssFile). On a CPU transformers leaves what it does not pack in pages of the file. Seconds: elapsed, and of processors.
 Device peak: the allocator's. Both readers find the file in the system's cache.
 """
 
@@ -57,19 +58,20 @@ def load(who: str, folder: str, device: str) -> None:
     """The child: prints its figures as JSON."""
     import weft
 
-    peak, over = [0], threading.Event()
+    peak, both, over = [0], [0], threading.Event()
 
     def watch() -> None:
         while not over.wait(0.005):
             status = Path("/proc/self/status").read_text()
-            peak[0] = max(peak[0], int(status.split("RssAnon:")[1].split()[0]) * 1024)
+            anon, file = (int(status.split(f"{key}:")[1].split()[0]) * 1024 for key in ("RssAnon", "RssFile"))
+            peak[0], both[0] = max(peak[0], anon), max(both[0], anon + file)
 
     if who == "transformers":
         import bitsandbytes  # noqa: F401  (its import is not loading)
     torch.empty(1, device=device)
     threading.Thread(target=watch, daemon=True).start()
     time.sleep(0.05)
-    before, start = peak[0], time.perf_counter()
+    before, start, worked = (peak[0], both[0]), time.perf_counter(), time.process_time()
     if who == "weft":
         model = weft.load_base(folder, "nf4", device)
     else:
@@ -79,10 +81,13 @@ def load(who: str, folder: str, device: str) -> None:
         model = transformers.AutoModelForCausalLM.from_pretrained(folder, quantization_config=how, dtype=torch.bfloat16, device_map=device)
     if device != "cpu":
         torch.cuda.synchronize()
-    seconds = time.perf_counter() - start
+    seconds, worked = time.perf_counter() - start, time.process_time() - worked
     over.set()
     held = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
-    figures = {"seconds": seconds, "host_peak_bytes": peak[0] - before, "parameter_bytes": held, "other_dtype": str(model.dtype)}
+    figures = {
+        "seconds": seconds, "processor_seconds": worked, "host_peak_bytes": peak[0] - before[0],
+        "host_peak_with_file_pages_bytes": both[0] - before[1], "parameter_bytes": held, "other_dtype": str(model.dtype),
+    }  # fmt: skip
     if device != "cpu":
         figures["device_peak_bytes"] = torch.cuda.max_memory_allocated()
     print("FIGURES " + json.dumps(figures))
