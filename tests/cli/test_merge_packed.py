@@ -14,6 +14,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForC
 import weft
 from tests.cli.conftest import Ran, World, snapshot, tokenizer
 from tests.conftest import jolt
+from weft.adapters import trainable
 from weft.core import sites
 from weft.quant import dense, is_quantised
 
@@ -84,8 +85,9 @@ def test_rounding_by_chance(onto: str, world: World, run: Run, tmp_path: Path) -
     ("more", "says"),
     [(["--base", "nf4", "--onto", "trained", "--into", "nf4"], "--rounding stochastic"), (["--into", "bf16"], "no packed format"),
      (["--onto", "trained"], "trained on a plain base"), (["--rounding", "stochastic"], "--into nf4"),
-     (["--into", "nf4", "--seed", 3], "--seed is for --rounding stochastic"), (["--into", "nf5"], "not one of"),
-     (["--into", "mxfp4"], "not one of"), (["--into", "nf4:block=48"], "block=48 is no block size"),
+     (["--into", "nf4", "--seed", 3], "--seed is for --rounding stochastic"), (["--into", "nf5"], "there are nf4, fp4, int8"),
+     (["--into", "mxfp4"], "--into mxfp4 is no format that a merged model can be packed in"), (["--into", "auto"], "can be packed in"),
+     (["--into", "nf4:block=48"], "block=48 is no block size"),
      (["--into", "nf4:quant_scale=mse", "--rounding", "stochastic"], "wants absmax")],
 )  # fmt: skip
 def test_what_is_refused(more: list[str], says: str, world: World, run: Run, tmp_path: Path) -> None:
@@ -124,3 +126,28 @@ def test_conv1d_and_fused_experts(kind: str, packed: str, run: Run, tmp_path: Pa
     assert not any(map(is_quantised, weft.load_base(tmp_path / "out", device="cpu").modules()))
     wanted = logits(tmp_path / "packed", "auto", tmp_path / "adapter")
     assert (logits(tmp_path / "out", "fp32") - wanted).norm() < 0.02 * wanted.norm()
+
+
+@pytest.mark.parametrize("into", ["int8", "fp8"])
+def test_into_eight_bits(into: str, world: World, run: Run, tmp_path: Path) -> None:
+    words = ["merge", "--model", world.base, "--adapter", world.a, "--device", "cpu", "--dtype", "fp32", "--into", into]
+    assert run(*words, "--rounding", "stochastic", "-o", tmp_path / "out").code == 0
+    merged = weft.merge(weft.load(weft.load_base(world.base, "fp32", "cpu"), world.a), keep=False)
+    packed = {p: m for p, m in weft.load_base(tmp_path / "out", device="cpu").named_modules() if is_quantised(m)}
+    assert len(packed) == 14
+    for path, layer in packed.items():
+        W = merged.get_submodule(path).weight
+        assert layer.form.name == into and (layer.unpacked(dtype=torch.float32) - W).norm() < {"int8": 0.02, "fp8": 0.06}[into] * W.norm()
+
+
+def test_an_adapter_that_makes_weights_no_numbers(world: World, run: Run, tmp_path: Path) -> None:
+    """Told when packing, with the layer's name, and nothing is written."""
+    model = weft.load(weft.load_base(world.base, "fp32", "cpu"), world.a)
+    for name, p in trainable(model, "default").items():
+        if "layers.1.mlp.up_proj" in name and name.endswith("B"):
+            p.data[2] = 3e38  # finite, and their product with A is not
+    weft.save(model, tmp_path / "bad")
+    before = snapshot(tmp_path)
+    ran = run("merge", "--model", world.base, "--adapter", tmp_path / "bad", "--into", "nf4", "-o", tmp_path / "out")
+    assert ran.code == 2 and "model.layers.1.mlp.up_proj.weight holds" in ran.err and "NaN or infinite" in ran.err
+    assert snapshot(tmp_path) == before

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import weft
@@ -73,3 +75,48 @@ def test_its_table(world: World, run: Run, tmp_path: Path) -> None:
         ran = run("quantize", world.base, "--base", base, "-o", tmp_path / "other")
         assert ran.code == 2 and says in ran.err and snapshot(tmp_path).keys() == before.keys()
     assert run("quantize", tmp_path / "packed", "-o", tmp_path / "packed", "--overwrite").code == 2
+
+
+def damaged(folder: Path, name: str, value: float) -> None:
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    tensors[name].view(-1)[3] = value
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+def cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-9])
+
+
+@pytest.mark.parametrize(
+    ("base", "harm", "says"),
+    [
+        ("nf4", lambda f: damaged(f, "model.layers.1.mlp.up_proj.weight", float("nan")), ("1.mlp.up_proj.weight", "NaN or Inf")),
+        ("int8", lambda f: damaged(f, "model.layers.0.self_attn.q_proj.weight", float("inf")), ("0.self_attn.q_proj.weight", "NaN or Inf")),
+        ("fp8", lambda f: cut(f / "model.safetensors"), ("model.safetensors", "truncated")),
+        ("nf4:block=48", lambda f: None, ("block=48 is no block size of nf4", "32, 64, 128")),
+        ("nf5", lambda f: None, ("'nf5' is not one of", "nf4")),
+        ("bf16", lambda f: None, ("no format that quantises", "nf4")),
+        ("nf4:rounding=up", lambda f: None, ("rounding='up' is neither", "stochastic")),
+    ],
+)
+def test_nothing_is_half_written(
+    base: str, harm: Callable[[Path], object], says: tuple[str, ...], world: World, run: Run, tmp_path: Path
+) -> None:
+    shutil.copytree(world.base, tmp_path / "base")
+    harm(tmp_path / "base")
+    before = snapshot(tmp_path)
+    ran = run("quantize", tmp_path / "base", "--base", base, "-o", tmp_path / "packed", "--device", "cpu")
+    assert ran.code == 2 and all(s in ran.err for s in says), ran.err
+    assert snapshot(tmp_path) == before
+
+
+def test_a_packed_folder_that_is_damaged(world: World, run: Run, tmp_path: Path) -> None:
+    assert run("quantize", world.base, "--base", "nf4:nested=false", "-o", tmp_path / "packed", "--device", "cpu").code == 0
+    words = ["merge", "--model", tmp_path / "packed", "--adapter", world.a, "--onto", "trained", "-o", tmp_path / "out", "--device", "cpu"]
+    damaged(tmp_path / "packed", "model.layers.0.mlp.up_proj.weight.absmax", float("inf"))
+    ran = run(*words)
+    assert ran.code == 2 and "model.layers.0.mlp.up_proj.weight.absmax" in ran.err and "NaN or Inf" in ran.err
+    cut(tmp_path / "packed" / "model.safetensors")
+    ran = run(*words)
+    assert ran.code == 2 and "model.safetensors is truncated" in ran.err and not (tmp_path / "out").exists()

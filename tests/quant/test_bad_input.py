@@ -34,8 +34,12 @@ def test_weights() -> None:
     model = Plain()
     with torch.no_grad():
         model.down.weight[2, 3], model.down.weight[2, 4] = float("nan"), float("inf")
-    with pytest.raises(weft.WeftError, match=r"down\.weight holds 2 values that are NaN or infinite \(of 384\)"):
+        model.up.weight[0, 0] = float("-inf")
+    with pytest.raises(weft.WeftError, match=r"up\.weight holds 1 .*\ndown\.weight holds 2 values that are NaN or infinite \(of 384\)"):
         quantise_(model, "nf4")
+    assert type(model.up) is type(model.down) is nn.Linear, "nothing is packed"
+    with pytest.raises(weft.WeftError, match=r"the weight holds 2 values that are NaN or infinite \(of 384\): the checkpoint is damaged"):
+        FORMATS["fp8"].pack(model.down.weight)
     with pytest.raises(weft.WeftError, match=r"stored as torch\.uint8, so it cannot be quantised to int8"):
         FORMATS["int8"].pack(W.to(torch.uint8))
     with pytest.raises(weft.WeftError, match="has no rows"):

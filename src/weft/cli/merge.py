@@ -127,17 +127,20 @@ def _packed_file(base: str) -> bool:
 
 def _packing(args: argparse.Namespace) -> tuple[str, dict[str, Any]] | None:
     """The packed format to write and its options, None without --into."""
-    from weft.models import parse_base
-    from weft.quant import FORMATS, format_of
+    from weft.models import BASES, parse_base
+    from weft.quant import format_of, writable
 
     given = {k: v for k in ("rounding", "seed") if (v := getattr(args, k)) is not None}
     if args.into is None:
         if given:
             raise UsageError(f"--{next(iter(given))} is about packing: name the format to write by --into nf4, or leave it out")
         return None
-    kind, options = parse_base(args.into)
-    if kind not in FORMATS:
+    named = args.into.partition(":")[0]
+    if named in BASES:
         raise UsageError(f"--into {args.into} is no packed format: write --dtype {args.into} for a plain model, or --into nf4")
+    if named not in writable():
+        raise UsageError(f"--into {args.into} is no format that a merged model can be packed in: there are {', '.join(writable())}")
+    kind, options = parse_base(args.into)
     options = format_of(kind).checked(**options | given)
     if "seed" in given and options["rounding"] == "nearest":
         raise UsageError("--seed is for --rounding stochastic: rounding to the nearest level draws nothing")

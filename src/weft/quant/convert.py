@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from weft.core import Site, WeftError, is_conv1d, modules
 from weft.quant.decoding import with_packed
-from weft.quant.formats import Format, format_of
+from weft.quant.formats import Format, damage, format_of
 from weft.quant.layers import QuantLinear, is_quantised
 
 
@@ -68,8 +68,8 @@ def quantise_(
         skip: Layers to leave alone: a path, the end of one, or a glob.
         progress: Called with the path of each layer before it is packed.
     Raises:
-        WeftError: unknown format or option, adapters are attached, nothing to quantise; NaN or Inf in a weight, which is named (the layers
-            before it are packed already then).
+        WeftError: unknown format or option, adapters are attached, nothing to quantise; NaN or Inf in weights, all of which are named.
+            Nothing has been packed then.
     """
     form = format_of(base)
     form.checked(**options)
@@ -80,6 +80,10 @@ def quantise_(
     if not found:
         why = "; ".join(f"{p}: {r}" for p, r in list(report.skipped.items())[:5]) or "it has no linear layer and no fused experts"
         raise WeftError(f"there is nothing to quantise in this {type(model).__name__}: {why}")
+    every = [(f"{path}.{n}", cast(Tensor, model.get_submodule(path)._parameters[n])) for path, names in found for n in names]
+    if damaged := [wrong for name, weight in every if (wrong := damage(weight.detach(), name))]:
+        more = f"\nand {len(damaged) - 10} more" if len(damaged) > 10 else ""
+        raise WeftError("\n".join(damaged[:10]) + f"{more}\nNothing was packed: take an intact checkpoint.")
     for path, names in found:
         if progress is not None:
             progress(path)

@@ -54,9 +54,8 @@ class Format(ABC):
             raise WeftError(f"{name} is stored as {weight.dtype}, so it cannot be quantised to {self.name}: give the 16- or 32-bit weight")
         if weight.numel() == 0:
             raise WeftError(f"{name} of shape {tuple(weight.shape)} is empty: there is nothing to quantise")
-        if not weight.is_meta and not torch.isfinite(weight.detach().abs().amax()):
-            bad = int((~torch.isfinite(weight)).sum())
-            raise WeftError(f"{name} holds {bad} values that are NaN or infinite (of {weight.numel()}): the checkpoint is damaged")
+        if wrong := damage(weight.detach(), name):
+            raise WeftError(f"{wrong}: the checkpoint is damaged")
         seed, draw = options.pop("seed"), None
         if options.pop("rounding") == "stochastic" and not weight.is_meta:
             draw = _draws(seed, name, weight.device)
@@ -98,6 +97,13 @@ class Format(ABC):
     def part(self, tensors: Packed, shape: tuple[int, ...], index: int) -> dict[str, Tensor] | None:
         """The tensors of weight[index], without unpacking the rest; None where a block straddles the border."""
         return None
+
+
+def damage(weight: Tensor, name: str) -> str | None:
+    """What is wrong with a weight's numbers; None if all of them are finite."""
+    if weight.is_meta or not weight.numel() or torch.isfinite(weight.abs().amax()):
+        return None
+    return f"{name} holds {int((~torch.isfinite(weight)).sum())} values that are NaN or infinite (of {weight.numel()})"
 
 
 def _draws(seed: int, name: str, device: torch.device) -> Draw:
