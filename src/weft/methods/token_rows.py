@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from weft.core import Adapter, Around, Site, WeftError, base_class, behind, logical, matcher, numbers, plain
+from weft.core import Adapter, Around, Mixture, Site, WeftError, base_class, behind, logical, matcher, numbers, plain
+from weft.core.site import Part
 
 Ids = tuple[int, ...]
 
@@ -55,6 +56,18 @@ class TokenRows(Adapter):
 
     def merged(self, layer: Site | Around) -> dict[str, Tensor]:
         return {"weight": numbers(plain(layer)).float().index_copy(0, self.index, self.E.detach().float())}
+
+    @classmethod
+    def mixed(cls, mixture: Mixture, layer: Site, x: Tensor, *inputs: Any, **kwargs: Any) -> Any:
+        """The layer once for all rows, a whole output head too; then each owner's tokens in its own rows."""
+        if inputs or kwargs:
+            return super().mixed(mixture, layer, x, *inputs, **kwargs)
+        owners, y = mixture.owners(x), layer.frozen(x)
+        for i, adapter in enumerate(mixture.adapters):
+            mine = (owners == i).nonzero().squeeze(1)
+            part = x[mine]
+            y = y.index_copy_(0, mine, adapter(Part(layer, part, y[mine]), part))
+        return y
 
     def tie(self, key: str) -> nn.Parameter | None:
         return self.E if key == "weight" else None
