@@ -18,6 +18,7 @@ from tests.compat.stories_alora import ALORA
 from tests.compat.stories_experts import EXPERTS
 from tests.compat.stories_more import MORE
 from tests.compat.stories_ranks import RANKS
+from tests.compat.stories_tied import TIED
 from tests.compat.stories_tokens import TOKEN_STORIES
 from tests.conftest import llama
 
@@ -51,9 +52,9 @@ def test_a_script_tells_the_same(story: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("story", [*MORE, *EXPERTS, *RANKS, *ALORA, *TOKEN_STORIES])
+@pytest.mark.parametrize("story", [*MORE, *EXPERTS, *RANKS, *TIED, *ALORA, *TOKEN_STORIES])
 def test_so_do_other_methods_layers_and_tasks(story: str, tmp_path: Path) -> None:
-    script = (MORE | EXPERTS | RANKS | ALORA | TOKEN_STORIES)[story]
+    script = (MORE | EXPERTS | RANKS | TIED | ALORA | TOKEN_STORIES)[story]
     same(script(peft, tmp_path / "peft"), script(face, tmp_path / "weft"), story)
 
 

@@ -14,6 +14,7 @@ from weft.methods import LoRA
 # Which layers, which modules whole, which biases: chosen by this face, after peft's own rules, before the method is asked to build.
 _CHOSEN_HERE: dict[str, Any] = {
     "exclude_modules": None, "modules_to_save": None, "layers_to_transform": None, "layers_pattern": None, "bias": "none",
+    "layer_replication": None,
 }  # fmt: skip
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from copy import deepcopy
 from typing import Any, TypeVar
 
 import torch
@@ -151,6 +152,37 @@ def _get_in_out_features(module: Any) -> tuple[int, int] | tuple[None, None]:
         inside, outside = module.weight.shape
         return inside, outside
     return None, None
+
+
+def clone_module(module: nn.Module, share_weights: bool = False) -> nn.Module:
+    """A copy of a module; with `share_weights` its parameters are the original's."""
+    memo = {id(p): p for p in module.parameters()} if share_weights else {}
+    return deepcopy(module, memo)  # type: ignore[arg-type]
+
+
+def replicate_layers(model: Any, layer_map: Sequence[Sequence[int]]) -> None:
+    """Put layers into a transformer several times, with shared weights: [[0, 4], [2, 5]] gives the layers 0, 1, 2, 3, 2, 3, 4.
+
+    Raises ValueError if there is no list of layers at `layers`, `encoder.layer` or `h`.
+    """
+    while hasattr(model, "model"):
+        model = model.model
+    model = getattr(model, "bert", model)
+    home, name = (model.encoder, "layer") if hasattr(getattr(model, "encoder", None), "layer") else (model, "layers")
+    name = "h" if not hasattr(home, name) else name
+    layers = getattr(home, name, None)
+    if not isinstance(layers, nn.ModuleList):
+        raise ValueError(
+            "Could not locate the layers attribute in the model. Expected Llama, Bert or Falcon compatible architectures."
+        )
+    made = nn.ModuleList(clone_module(layers[i], share_weights=True) for start, end in layer_map for i in range(start, end))
+    for place, layer in enumerate(made):
+        for module in layer.modules():
+            if hasattr(module, "layer_idx"):
+                module.layer_idx = place
+    setattr(home, name, made)
+    if hasattr(model.config, "num_hidden_layers"):
+        model.config.num_hidden_layers = len(made)
 
 
 class DoraCaching:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from weft.adapters.attach import device_of
-from weft.compat.peft import parameters, starts, tokens
+from weft.compat.peft import parameters, starts, tokens, tying
 from weft.compat.peft.activated import drop_door, put_door, told
 from weft.compat.peft.config import PeftConfig
 from weft.compat.peft.defaults import IA3_FEEDFORWARD, TARGETS
@@ -21,6 +21,7 @@ from weft.compat.peft.layers import BaseTunerLayer, cast_adapter, fronts
 from weft.compat.peft.layers_lora import mend_fan_in_fan_out
 from weft.compat.peft.methods import method_of
 from weft.compat.peft.moe import fuse_config
+from weft.compat.peft.small import replicate_layers
 from weft.compat.peft.switching import delete_adapter, enable, set_adapter, set_requires_grad
 from weft.compat.peft.targets import check_target_module_exists, condense, find_targets, include_all_linear
 from weft.compat.peft.wrappers import ModulesToSaveWrapper, base_modules, wrap_whole
@@ -142,6 +143,8 @@ class BaseTuner(Front):
         if "." in adapter_name:
             raise KeyError(f'module name can\'t contain ".", got: {adapter_name}')
         config = self.peft_config[adapter_name]
+        if getattr(config, "layer_replication", None):
+            replicate_layers(model, config.layer_replication)
         everything = base_modules(model)
         fuse_config(config, model, everything)
         self._check_new_adapter_config(config)
@@ -153,10 +156,12 @@ class BaseTuner(Front):
                 "Trying to inject a PEFT adapter from a state_dict but the PEFT config uses `target_parameters`. This is not supported -- "
                 "when using `target_parameters`, please inject the adapter without the state_dict."
             )
+        tokens.check(config, model, everything)
+        source, others = tying.tied(config, model, everything)
         beyond = parameters.find(config, everything)
         targeted = find_targets(config, everything, state_dict, self.prefix, list(beyond))
+        targeted += [p for p in others if source in targeted and p not in targeted]
         parameters.check(config, beyond, everything, targeted)
-        tokens.check(config, model, everything)
         for path in targeted:
             self._check_target(config, path, everything[path])
             if isinstance(everything.get(path.rpartition(".")[0]), nn.MultiheadAttention):
@@ -178,11 +183,14 @@ class BaseTuner(Front):
         put_door(model, built, adapter_name, [cast(Any, everything[p]) for p in targeted])
         for path, adapter in built.items():
             self._put(model, path, everything[path], adapter, adapter_name, config, autocast and autocast_adapter_dtype)
+        tying.tie_factors(model, adapter_name, source, [p for p in others if p in targeted])
         self.targeted_module_names += [p for p in targeted if p not in self.targeted_module_names]
         self.targeted_parameter_names += [p for p in beyond if p not in self.targeted_parameter_names]
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
         self._freeze(model)
         wrap_whole(model, config, adapter_name, adapter_name in self.active_adapters)
+        tying.tie_whole(model, config, adapter_name, adapter_name in self.active_adapters, source, others)
+        tying.warn(config, model, everything)
         for p, flag in trains.values():
             p.requires_grad_(flag)
 
