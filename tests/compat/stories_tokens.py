@@ -163,6 +163,8 @@ def wrong_tokens(peft: Any, folder: Path) -> dict[str, Any]:
     nowhere = peft.TrainableTokensConfig(token_indices=[4], target_modules=["nothing"])
     found = {
         "layer": refused(lora(target_modules=["q_proj", "embed_tokens"])), "whole": refused(lora(modules_to_save=["model.embed_tokens"])),
+        "apart": refused(lambda: peft.get_peft_model(tied(), peft.LoraConfig(
+            target_modules=["q_proj"], trainable_token_indices={"embed_tokens": [4], "lm_head": [5]}, ensure_weight_tying=True))),
         "nowhere": refused(lora(trainable_token_indices={"nothing": [4]})),
         "no target": refused(lambda: peft.get_peft_model(llama(), nowhere)),
     }  # fmt: skip

@@ -147,6 +147,7 @@ def check(config: Any, model: nn.Module, everything: Mapping[str, nn.Module]) ->
     given = getattr(config, "trainable_token_indices", None)
     if given is None:
         return
+    meant: dict[int, Any] = {}  # a weight -> its tokens
     whole = [config.modules_to_save] if isinstance(config.modules_to_save, str) else config.modules_to_save or ()
     for name in list(given) if isinstance(given, Mapping) else [input_embedding(model, everything)]:
         paths = [p for p in everything if p == name or p.endswith(f".{name}")]
@@ -155,6 +156,12 @@ def check(config: Any, model: nn.Module, everything: Mapping[str, nn.Module]) ->
                 f"The embedding layer is already marked to be trained fully: leave {name} out of `modules_to_save`, or out of "
                 "`trainable_token_indices`"
             )
+        for path in paths if isinstance(given, Mapping) and config.ensure_weight_tying else ():
+            if meant.setdefault(id(everything[path]._parameters.get("weight")), given[name]) != given[name]:
+                raise ValueError(
+                    f"Cannot ensure weight tying when different token indices are specified for tied layers: {dict(given)}. Name the same "
+                    "tokens for all of them, or set ensure_weight_tying=False."
+                )
         if not paths:
             raise ValueError(f"Target modules { {name} } not found in the base model. Please check the target modules and try again.")
 
