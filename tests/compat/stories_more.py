@@ -68,6 +68,24 @@ def ia3(peft: Any, folder: Path) -> dict[str, Any]:
     return found | {"layer": (repr(q).partition("(")[0], q.ia3_l["default"].shape, q.is_feedforward)}
 
 
+def ia3_weighted(peft: Any, folder: Path) -> dict[str, Any]:
+    made = peft.get_peft_model(llama(), peft.IA3Config(task_type="CAUSAL_LM")).eval()
+    made.add_adapter("b", peft.IA3Config(task_type="CAUSAL_LM"))
+    made.base_model.set_requires_grad(["default", "b"])
+    jolt_all(made)
+    made.add_weighted_adapter(["default", "b"], [0.7, -0.3], "both")
+    made.set_adapter("both")
+    unknown = refused(lambda: made.add_weighted_adapter(["nobody"], [1.0], "c"))
+    return {"both": logits(made), "saved": peft.get_peft_model_state_dict(made, adapter_name="both"), "unknown": unknown}
+
+
+def two_norms(peft: Any, folder: Path) -> dict[str, Any]:
+    made = peft.get_peft_model(llama(), peft.LNTuningConfig(task_type="CAUSAL_LM")).eval()
+    made.add_adapter("b", peft.LNTuningConfig(task_type="CAUSAL_LM"))
+    made.base_model.set_adapter(["default", "b"])
+    return {"both": refused(lambda: logits(made))}
+
+
 def norms(peft: Any, folder: Path) -> dict[str, Any]:
     made = peft.get_peft_model(llama(), peft.LNTuningConfig(task_type="CAUSAL_LM"))
     return whole_life(peft, made.eval(), logits, folder, llama)
@@ -367,7 +385,8 @@ def files(peft: Any, folder: Path) -> dict[str, Any]:
 
 
 TOLD = (
-    ia3, norms, adalora, others, vera, conv1d, dora, convolutions, embeddings, biases, classifier, seq2seq, mixed, scales, weighted,
+    ia3, ia3_weighted, norms, two_norms,
+    adalora, others, vera, conv1d, dora, convolutions, embeddings, biases, classifier, seq2seq, mixed, scales, weighted,
     prompts,
     swapped, half,
     files,

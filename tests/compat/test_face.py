@@ -10,8 +10,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import peft
 import pytest
 import torch
+from peft.optimizers import create_lorafa_optimizer
 from peft.tuners import tuners_utils
 from peft.utils import merge_utils
 
@@ -238,6 +240,30 @@ def test_what_layers_show_besides_tensors() -> None:
     oft = face.get_peft_model(llama(), face.OFTConfig(r=0, oft_block_size=8, target_modules=["q_proj"]))
     layer = oft.base_model.model.model.layers[0].self_attn.q_proj
     assert (layer.r, layer.oft_block_size) == ({"default": 4}, {"default": 8})
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing")
+def test_lora_fa_s_optimiser(tmp_path: Path) -> None:
+    """As in peft, which projects in bfloat16 where it can, so that the two drift apart a little; and it goes on from its state."""
+    out = []
+    for package, create in ((peft, create_lorafa_optimizer), (face, face.optimizers.create_lorafa_optimizer)):
+        config = package.LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
+        model = package.get_peft_model(llama(), config)
+        fill(model)
+        start = logits(model.eval())
+        optimiser = create(model, r=4, lora_alpha=6, lr=0.01, weight_decay=0.1)
+        for _ in range(4):
+            model(input_ids=IDS, labels=IDS).loss.backward()
+            optimiser.step()
+            optimiser.zero_grad()
+        assert [n for n, p in model.named_parameters() if p.requires_grad] == [n for n, _ in model.named_parameters() if "lora_B" in n]
+        out.append(logits(model) - start)
+    assert (out[0] - out[1]).norm() < 0.05 * out[0].norm()
+    again = face.optimizers.create_lorafa_optimizer(model, r=4, lora_alpha=6, lr=0.5)
+    again.load_state_dict(optimiser.state_dict())
+    assert again.param_groups[0]["lr"] == 0.01 and len(again.state) == 4 and set(again.factors) == set(again.param_groups[0]["params"])
+    with pytest.raises(ValueError, match="at least 0"):
+        face.optimizers.LoraFAOptimizer(model.parameters(), lr=-1)
 
 
 INTEGRATION = """

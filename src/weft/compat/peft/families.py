@@ -150,6 +150,14 @@ class LNTuningLayer(BaseTunerLayer):
     adapter_layer_names: tuple[str, ...] = ("ln_tuning_layers",)
     CONTAINERS: ClassVar[Mapping[str, type[nn.Module]]] = {"ln_tuning_layers": nn.ModuleDict}
 
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if len(self.active_adapters) != 1 and not self.disable_adapters and not self.merged and "adapter_names" not in kwargs:
+            raise ValueError(
+                f"Trying to run forward with {len(self.active_adapters)} active adapters, but LN tuning does not allow inference with "
+                "more than one adapter at a time"
+            )
+        return super().forward(*args, **kwargs)
+
 
 LAYERS: dict[PeftType, type[BaseTunerLayer]] = {
     PeftType.LORA: layers_lora.LoraLayer, PeftType.ADALORA: layers_lora.AdaLoraLayer, PeftType.IA3: IA3Layer, PeftType.LOHA: LoHaLayer,

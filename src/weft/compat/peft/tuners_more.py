@@ -10,7 +10,7 @@ from weft.compat.peft import families, layers_lora
 from weft.compat.peft.kinds import PeftType
 from weft.compat.peft.layers import fronts
 from weft.compat.peft.tuner import BaseTuner
-from weft.compat.peft.weighted import add_weighted_adapter
+from weft.compat.peft.weighted import add_weighted_adapter, add_weighted_ia3
 from weft.core import Adapter
 
 
@@ -97,6 +97,7 @@ class IA3Model(BaseTuner):
     prefix = "ia3_"
     tuner_layer_cls = families.IA3Layer
     KIND = PeftType.IA3
+    add_weighted_adapter = add_weighted_ia3
 
 
 class LoHaModel(BaseTuner):

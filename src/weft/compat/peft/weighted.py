@@ -41,6 +41,8 @@ def add_weighted_adapter(
     """
     if adapter_name in self.peft_config:
         return
+    if len(weights) != len(adapters):
+        raise ValueError(f"{len(adapters)} adapters and {len(weights)} weights: give one weight for each")
     how, rank, targets = _checked(self, adapters, combination_type, svd_rank)
     if how not in ("linear", "cat", "svd") and density is None:
         raise ValueError(f"combination_type={how!r} needs a density between 0 and 1")
@@ -68,6 +70,42 @@ def add_weighted_adapter(
         A, B = found.A.reshape(-1, *new.A.shape[1:]), found.B.reshape(new.B.shape[0], -1, *new.B.shape[2:])
         new.A.data[: A.shape[0]] = A
         new.B.data[:, : B.shape[1]] = B
+
+
+def add_weighted_ia3(self: Any, adapters: list[str], weights: list[float], adapter_name: str) -> None:
+    """A new (IA)³ adapter whose vectors are the weighted sums of those that are there; it does not work until it is chosen.
+
+    Raises ValueError for a name that is not there, and for targets of two kinds, names and a regular expression.
+    """
+    if adapter_name in self.peft_config:
+        return
+    if len(weights) != len(adapters) or not adapters:
+        raise ValueError(f"{len(adapters)} adapters and {len(weights)} weights: give one weight for each, and at least one adapter")
+    for name in adapters:
+        if name not in self.peft_config:
+            raise ValueError(f"Adapter {name} does not exist")
+    configs = [self.peft_config[n] for n in adapters]
+    targets, inner = _together([c.target_modules for c in configs]), _together([c.feedforward_modules for c in configs])
+    self.peft_config[adapter_name] = replace(configs[0], target_modules=targets, feedforward_modules=inner)
+    try:
+        self.inject_adapter(self.model, adapter_name)
+    except Exception:
+        del self.peft_config[adapter_name]
+        raise
+    with torch.no_grad():
+        for front in fronts(self.model):
+            if adapter_name in front.trains:
+                vectors: Any = front.ia3_l
+                here = [(vectors[n], float(w)) for n, w in zip(adapters, weights, strict=True) if n in front.trains]
+                vectors[adapter_name].copy_(torch.stack([w * v for v, w in here]).sum(0))
+                front.set_requires_grad(adapter_name, False)
+
+
+def _together(given: Sequence[Any]) -> Any:
+    kinds = {type(g) for g in given}
+    if len(kinds) > 1:
+        raise ValueError("all adapter configs should follow the same target modules type")
+    return "|".join(f"({g})" for g in given) if kinds == {str} else set().union(*(set(g or ()) for g in given))
 
 
 def _checked(tuner: Any, adapters: Sequence[str], how: str, svd_rank: int | None) -> tuple[str, int, Any]:
