@@ -70,6 +70,22 @@ def olora(peft: Any, folder: Path) -> dict[str, Any]:
     return {"olora": _one(peft, folder, llama, "olora", target_modules=["k_proj", "up_proj"], lora_dropout=0.0)}
 
 
+def mica(peft: Any, folder: Path) -> dict[str, Any]:
+    config = peft.LoraConfig(r=3, lora_alpha=6, init_lora_weights="mica", target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
+    made = peft.get_peft_model(llama(), config).eval()
+    found = {"start": logits(made), "trains": [n for n, p in made.named_parameters() if p.requires_grad]}
+    layers = [m for m in made.modules() if hasattr(m, "lora_A")]
+    spans = [m.lora_B["default"].weight.detach() for m in layers]
+    found["spans"] = [B @ B.T for B in spans]  # the vectors are free to change their signs
+    torch.manual_seed(1)
+    for m in layers:
+        A, B = m.lora_A["default"].weight, m.lora_B["default"].weight
+        A.data.copy_(B.T.detach() @ torch.randn(B.shape[0], A.shape[1]))
+    found["moved"] = logits(made)
+    made.save_pretrained(folder)
+    return found | {"read": logits(peft.PeftModel.from_pretrained(llama(), folder))}
+
+
 def starts_refused(peft: Any, folder: Path) -> dict[str, Any]:
     def lora(how: Any, **more: Any) -> Any:
         return peft.LoraConfig(r=4, init_lora_weights=how, **({"target_modules": ["q_proj"]} | more))
@@ -87,4 +103,4 @@ def starts_refused(peft: Any, folder: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-STARTS = {f.__name__: f for f in (pissa, olora, starts_refused)}
+STARTS = {f.__name__: f for f in (pissa, olora, mica, starts_refused)}

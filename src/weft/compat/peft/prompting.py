@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
@@ -85,6 +86,8 @@ class Prompting:
         if self.active_adapter == name:
             self.active_adapter = next(iter(self.peft_config), [])
             if self.active_adapter:
+                text = f"Adapter {name} was active which is now deleted. Setting active adapter to {self.active_adapter}."
+                warnings.warn(text, stacklevel=3)
                 self.use_prompt(self.active_adapter)
 
     @contextmanager

@@ -7,6 +7,7 @@ after such a start, unload it and save it, so that here its weight is changed as
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping
 from copy import copy
 from math import sqrt
@@ -17,9 +18,10 @@ from torch import Tensor, nn
 
 from weft.adapters.formats.base import whole
 from weft.adapters.loftq import alternate
+from weft.compat.peft.kinds import PeftWarning
 from weft.compat.peft.layers_lora import restart
 from weft.compat.peft.state import load_peft_weights
-from weft.core import features, is_conv1d, is_linear
+from weft.core import base_class, features, is_conv1d, is_linear
 from weft.methods.lora_linear import Factors
 from weft.methods.lora_start import FROM_BASE, beginning
 from weft.quant import is_quantised, roundtrip
@@ -32,14 +34,20 @@ LATER = ("eva", "lora_ga")  # begin as LoRA does; their own functions fill in A 
 def check(config: Any, path: str, module: nn.Module, rank: int) -> None:
     """Raise what peft raises for a start that there is not, or that this layer cannot have: before anything is changed."""
     how = config.init_lora_weights
+    if config.lora_bias and getattr(module, "bias", None) is None:
+        warnings.warn(
+            f"`lora_bias=True` was passed but the targeted layer of type {base_class(module).__name__} has no bias. Merged, it gets one.",
+            PeftWarning,
+            stacklevel=6,
+        )
     if isinstance(how, bool):
         return
     if how.startswith("pissa") and not FROM_BASE.fullmatch(how):
         raise ValueError(f"init_lora_weights should be 'pissa' or 'pissa_niter_[number of iters]', got {how} instead.")
-    if not FROM_BASE.fullmatch(how.lower()) and how.lower() not in (*PLAIN, *LATER, "loftq"):
-        known = "True, False, 'gaussian', 'orthogonal', 'pissa', 'pissa_niter_N', 'olora', 'loftq', 'eva' and 'lora_ga'"
+    if not FROM_BASE.fullmatch(how.lower()) and how.lower() not in (*PLAIN, *LATER, "loftq", "mica"):
+        known = "True, False, 'gaussian', 'orthogonal', 'pissa', 'pissa_niter_N', 'olora', 'loftq', 'mica', 'eva' and 'lora_ga'"
         raise ValueError(f"Unknown initialization init_lora_weights={how!r}: here there are {known}")
-    if not changes_base(how) or isinstance(module, nn.Embedding):  # an embedding begins as ever
+    if not (changes_base(how) or how == "mica") or (isinstance(module, nn.Embedding) and how != "mica"):  # an embedding begins as ever
         return
     if not is_linear(module):
         raise ValueError(f"Unknown initialization init_lora_weights={how!r} for {path}: it is for linear layers")
@@ -69,6 +77,8 @@ def begin(config: Any, layer: Any, adapter: Any) -> None:
         if "m" in adapter._parameters and not held:  # DoRA's magnitude begins as the norm of what the layer computes
             made: Any = adapter
             made.m.copy_(made.norm(layer).view_as(made.m))
+    elif isinstance(adapter, Factors) and how == "mica":
+        _minor(layer, adapter)
     elif getattr(config, "init_weights", getattr(config, "init_ia3_weights", how)) is False and not held:
         for p in adapter.parameters():  # no adapter of this kind may start as the identity
             if p.requires_grad and (not p.any() or p.eq(p.flatten()[0]).all()):
@@ -92,6 +102,16 @@ def _take(how: str, bits: Mapping[str, int], layer: Any, adapter: Any) -> None:
         adapter.A.copy_(A)
         adapter.B.copy_(B)
     layer.weight.data = (rest.T if turned else rest).to(layer.weight.dtype).contiguous()  # not in place: who holds the old one keeps it
+
+
+def _minor(layer: Any, adapter: Any) -> None:
+    """MiCA: B holds the left singular vectors of the base's smallest singular values and stays; A starts at zero and trains."""
+    adapter.B.requires_grad_(False)
+    if adapter.B.is_meta or layer.weight.is_meta:
+        return
+    W = layer.weight.float().T if is_conv1d(layer) else layer.weight.float()
+    adapter.B.copy_(torch.linalg.svd(W, full_matrices=False)[0][:, -adapter.B.shape[1] :])
+    adapter.A.zero_()
 
 
 def as_plain(config: Any, tensors: Mapping[str, Tensor], path: str | os.PathLike[str]) -> tuple[Any, dict[str, Tensor]]:
