@@ -23,7 +23,8 @@ from _common import save
 import weft
 from weft.adapters import attached
 from weft.data import DataConfig, demo, load_rows, pack, pad, prepare
-from weft.kernels.fp8_gemm import both_layouts, can_fp8, fp8_linear, quantise_rows
+from weft.data.batches import filled
+from weft.kernels.fp8_gemm import can_fp8, fp8_linear, fp8_product_reference, quantise_rows, transposed
 from weft.kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
 from weft.kernels.low_rank import low_rank_add, low_rank_add_reference
 from weft.models import attention
@@ -175,12 +176,15 @@ def fp8() -> None:
     for tokens, inside, outside in ((1, 64, 32), (257, 512, 1040), (1000, 4096, 1024)):
         x = torch.randn(tokens, inside, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
         W, g = (torch.randn(s, device=DEVICE, dtype=torch.bfloat16) for s in ((outside, inside), (tokens, outside)))
-        held = both_layouts(W)
-        y = fp8_linear(x, *held)
+        held = FORMATS["fp8"].pack(W)
+        w, scale = held["weight"], held["scale"]
+        check(f"transposed {outside}×{inside}", float(not torch.equal(transposed(w).float(), w.float().T)), 0.0)
+        y = fp8_linear(x, w, scale)
         (dx,) = torch.autograd.grad(y, x, g)
-        for what, got, operand, w, scale, plain in (("y", y, x, held[0], held[1], x @ W.T), ("dX", dx, g, held[2], held[3], g @ W)):
-            q, s = quantise_rows(operand.detach())
-            twin = (q.float() * s) @ (w.float() * scale.T).T
+        one = torch.ones(1, inside, device=DEVICE)
+        twins = (fp8_product_reference(*quantise_rows(x.detach()), w, scale.T, torch.float32),
+                 fp8_product_reference(*quantise_rows(g.float() * scale.T), w.t(), one, torch.float32))  # fmt: skip
+        for what, got, twin, plain in zip(("y", "dX"), (y, dx), twins, (x @ W.T, g @ W), strict=True):
             check(f"fp8_linear {tokens}×{inside}→{outside}: {what} against its twin", distance(got, twin), 1e-2)
             check(f"fp8_linear {tokens}×{inside}→{outside}: {what} against bf16", distance(got, plain), 6e-2)
 
@@ -194,6 +198,8 @@ def fast_step() -> None:
     tried = {
         "bf16": (("packed", 1.0), ("padded", 0.4), ("packed", 0.0)),
         "nf4": (("packed", 1.0), ("padded", 0.0)),
+        "int8": (("padded", 0.1),),
+        "fp8": (("packed", 1.0), ("padded", 0.0)),
         "fp32": (("padded", 1.0),),
     }
     for base, kinds in tried.items():
@@ -201,9 +207,10 @@ def fast_step() -> None:
             model = weft.load_base("embedded", base=base, device=DEVICE)
             assert attention.use(model), attention.reason(model)
             weft.adapt(model, weft.LoRA(rank=8)).train()
-            batch = (pack if rows == "packed" else pad)(examples).to(DEVICE)
+            batch = (filled(pack(examples), 2048, 500) if rows == "packed" else pad(examples)).to(DEVICE)
             said: list[str] = []
-            fast = prepare_step(model, batch, weft.adapters.trainable(model, "default"), memory=level, compile=True, say=said.append)
+            fast = prepare_step(model, batch, weft.adapters.trainable(model, "default"), memory=level, compile=True, varying=rows != "packed",
+                                fp8=base == "fp8", say=said.append)  # fmt: skip
             print("\n".join([*said, *fast.said]))
             check(f"fast step, {base}, {rows}, {level} of the activations kept: agrees", float(bool(said)), 0.0)
             fast.close()

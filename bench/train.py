@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 import traceback
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -102,21 +103,17 @@ def weft_side(shape: str, fmt: str, memory: float, kind: str, method: str, devic
     import torch
 
     import weft
+    from weft.data.batches import filled
     from weft.models import attention
     from weft.step import prepare
     from weft.train.flat import Flat
 
     model = base(shape, device)
-    if fmt == "fp8":
-        from weft.step.fp8 import compute_in_fp8
-        from weft.step.regions import repeated
-
-        print(f"{compute_in_fp8(model, repeated(model))} linear layers in fp8")
-        torch.cuda.empty_cache()
-    elif fmt != "bf16":
+    if fmt != "bf16":
         from weft.quant import quantise_
 
         quantise_(model, fmt)
+        torch.cuda.empty_cache()
     if kind != "full":
         assert attention.use(model), attention.reason(model)
     torch.manual_seed(0)
@@ -130,13 +127,16 @@ def weft_side(shape: str, fmt: str, memory: float, kind: str, method: str, devic
     static = torch.cuda.memory_allocated() if device == "cuda" else 0
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()  # of training; what loading takes is another question
-    given = [b.to(device) for b in batches(kind, SHAPES[shape]["vocab_size"], STEPS)]
+    given = batches(kind, SHAPES[shape]["vocab_size"], STEPS)
     if kind == "full":  # what a loader hands over for rows without padding
-        from dataclasses import replace
-
-        given = [replace(b, attention_mask=None) for b in given]
-    started = time.perf_counter()
-    fast = prepare(model, given[0], parameters, memory=memory, varying=kind != "full", compile=device == "cuda", say=print)
+        given = [replace(b, attention_mask=None).to(device) for b in given]
+    else:
+        given = [filled(b, BATCH * LENGTH, max(b.lengths)).to(device) for b in given]
+    started, facts = time.perf_counter(), {"checking_peak": 0}
+    fast = prepare(model, given[0], parameters, memory=memory, varying=False, compile=device == "cuda", fp8=fmt == "fp8", say=print)
+    if device == "cuda":
+        facts = {"checking_peak": torch.cuda.max_memory_allocated()}
+        torch.cuda.reset_peak_memory_stats()
 
     def step(i: int) -> Any:
         loss = fast.loss(given[i]) / given[i].n_targets
@@ -146,7 +146,7 @@ def weft_side(shape: str, fmt: str, memory: float, kind: str, method: str, devic
         flat.zero_grad()
         return loss.detach()
 
-    return step, {"static": static, "prepare_s": time.perf_counter() - started, "path": fast.describe(), "said": fast.said,
+    return step, facts | {"static": static, "prepare_s": time.perf_counter() - started, "path": fast.describe(), "said": fast.said,
                   "trainable": sum(p.numel() for p in parameters.values())}  # fmt: skip
 
 
@@ -242,7 +242,8 @@ def alone(row: str, side: str, device: str, profile: bool) -> dict[str, Any]:
         "row": row, "side": side, "tokens": tokens, "targets": ours.n_targets, "step_ms": seconds * 1e3, "tokens_per_s": tokens / seconds,
         "targets_per_s": ours.n_targets / seconds, "tflops": flops / seconds / 1e12, "first_loss": float(losses[0]),
         "loss": float(losses[-1]), "first_step_s": facts.get("prepare_s", 0.0) + times[0], "build_s": built,
-        "peak_gb": torch.cuda.max_memory_allocated() / 1e9 if cuda else None, "static_gb": facts["static"] / 1e9,
+        "peak_gb": max(torch.cuda.max_memory_allocated(), facts.get("checking_peak", 0)) / 1e9 if cuda else None,
+        "steps_peak_gb": torch.cuda.max_memory_allocated() / 1e9 if cuda else None, "static_gb": facts["static"] / 1e9,
         "trainable": facts["trainable"], "path": facts.get("path"), "said": facts.get("said"),
         "times_ms": [round(t * 1e3, 1) for t in times],
     }  # fmt: skip

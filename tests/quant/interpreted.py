@@ -9,6 +9,7 @@ import torch
 
 from weft.kernels.eight_bit import dequantise_8bit, dequantise_8bit_reference
 from weft.kernels.four_bit import dequantise_4bit, dequantise_4bit_reference
+from weft.kernels.fp8_gemm import transposed
 from weft.kernels.triton import usable
 from weft.quant import FORMATS
 
@@ -33,6 +34,9 @@ def main() -> None:
             t = FORMATS[kind].pack(weight)
             want = dequantise_8bit_reference(t["weight"], t["scale"], out)
             assert torch.equal(dequantise_8bit(t["weight"], t["scale"], shape, dtype), want), (shape, dtype, kind)
+            tried += 1
+        if len(shape) == 2:
+            assert torch.equal(transposed(t["weight"]).float(), t["weight"].float().T), shape
             tried += 1
     print(tried, "equal")
 

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
 
 import weft
 from tests.step.test_loss import build, rows
-from weft.core import WeftError
+from weft.core import WeftError, modules
 from weft.data import pack, pad
-from weft.kernels.fp8_gemm import both_layouts, fp8_linear
+from weft.data.batches import filled
+from weft.kernels.fp8_gemm import fp8_linear
 from weft.kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
 from weft.models import attention
+from weft.quant import FORMATS, quantise_
 from weft.step import loss_sum, prepare
+from weft.step.check import pieces
+from weft.step.fp8 import narrowable
 from weft.step.loss import fusible
 from weft.step.regions import repeated
 
@@ -47,7 +53,8 @@ def test_fp8_linear(tokens, inside, outside):
     """Against plain products; 3 bits of mantissa on both sides leave about 4% of the result's size."""
     torch.manual_seed(tokens)
     W, x = torch.randn(outside, inside), torch.randn(2, tokens, inside, requires_grad=True)
-    y = fp8_linear(x, *both_layouts(W))
+    held = FORMATS["fp8"].pack(W)
+    y = fp8_linear(x, held["weight"], held["scale"])
     want = x @ W.T
     assert (y - want).norm() <= 0.06 * want.norm()
     g = torch.randn_like(y)
@@ -118,6 +125,51 @@ def test_a_fast_path_that_is_wrong_is_named_and_not_used(monkeypatch):
     said = []
     fast = prepare(model, pad(rows([9, 4])), weft.adapters.trainable(model, "default"), compile=False, say=said.append)
     assert fast.head is None and "does not agree" in said[0] and "layers.0" in said[0]
+
+
+def test_pieces_add_up():
+    model = build("Llama", {}).requires_grad_(False)
+    examples = rows([9, 4, 7, 12, 3])
+    assert attention.use(model)
+    for batch in (pad(examples), pack(examples), filled(pack(examples), 48, 13)):
+        parts = pieces(batch, 14)
+        assert len(parts) > 1
+        whole = loss_sum(model, batch)
+        assert abs(sum(loss_sum(model, b) for b in parts) - whole) <= 1e-5 * whole
+
+
+def test_a_filled_batch_is_of_one_shape_and_loss():
+    model = build("Llama", {}).requires_grad_(False)
+    assert attention.use(model)
+    shapes = set()
+    for lengths in ([9, 4, 7], [12, 12, 3], [1, 1, 1, 12]):
+        batch = pack(rows(lengths))
+        full = filled(batch, 40, 12)
+        shapes.add((full.input_ids.shape, full.position_ids.shape, full.cu_seqlens.shape))
+        assert full.n_targets == batch.n_targets and full.cu_seqlens[-1] == 40
+        a, b = loss_sum(model, batch), loss_sum(model, full)
+        assert abs(a - b) <= 1e-5 * a
+    assert len({s[0] for s in shapes}) == 1 and len(shapes) <= 2
+
+
+@pytest.mark.parametrize("spoilt", [False, True])
+def test_products_in_fp8(monkeypatch, spoilt):
+    """By their twin here. A layer whose products come out too far off is named and decodes."""
+    model = build("Llama", {}).requires_grad_(False)
+    quantise_(model, "fp8")
+    weft.adapt(model, weft.LoRA(rank=3)).train()
+    monkeypatch.setattr("weft.step.fast.narrowable", partial(narrowable, everywhere=True))
+    if spoilt:  # a row whose numbers lie further apart than fp8 reaches: the small ones vanish
+        up = dict(modules(model))["model.layers.1.mlp.up_proj"]
+        monkeypatch.setattr("weft.step.fp8.fp8_linear", lambda x, w, s: fp8_linear(1.3 * x if w is up.weight else x, w, s))
+    said = []
+    fast = prepare(model, pad(rows([9, 4, 7])), weft.adapters.trainable(model, "default"), compile=False, fp8=True, say=said.append)
+    assert len(fast.narrow) == 14 - spoilt
+    assert bool(said) == spoilt and all("1 of 14 layers" in s and "layers.1.mlp.up_proj" in s for s in said)
+    assert any("self-check (fp8)" in s for s in fast.said)
+    assert sum(m.narrow for m in fast.narrow.values()) == len(fast.narrow)
+    fast.close()
+    assert not any(m.narrow for _, m in modules(model) if hasattr(m, "narrow"))
 
 
 def test_memory_of_no_sense():

@@ -71,6 +71,27 @@ def pack(examples: Sequence[Example]) -> Batch:
     )
 
 
+def filled(batch: Batch, tokens: int, longest: int) -> Batch:
+    """A packed batch in the shape (1, tokens), for a compiler that wants one shape.
+
+    What is missing are rows of zeros, of at most `longest` tokens each, that bear no loss, and empty rows up to a power of two of them.
+    """
+    missing = tokens - batch.input_ids.shape[1]
+    fillers = [longest] * (missing // longest) + [missing % longest] * (missing % longest > 0)
+    lengths = [*batch.lengths, *fillers]
+    lengths += [0] * ((1 << (len(lengths) - 1).bit_length()) - len(lengths))
+    places = torch.cat([torch.arange(n) for n in fillers]) if fillers else torch.empty(0, dtype=torch.int64)
+    pad = torch.nn.functional.pad
+    return replace(
+        batch,
+        input_ids=pad(batch.input_ids, (0, missing)),
+        position_ids=torch.cat([batch.position_ids, places[None]], 1),
+        targets=pad(batch.targets, (0, missing), value=-100),
+        cu_seqlens=torch.tensor(np.cumsum([0, *lengths]), dtype=torch.int32),
+        lengths=tuple(lengths),
+    )
+
+
 def pad(examples: Sequence[Example], pad_id: int = 0) -> Batch:
     """Rows one below the other, filled up at the right: (n, T)."""
     lengths = [len(example) for example in examples]
@@ -136,8 +157,11 @@ class Epoch(Sequence[Batch]):
     def __getitem__(self, index: int | slice) -> Batch | Epoch:
         if isinstance(index, slice):
             return Epoch(self.batches, self.plan[index])
-        rows = [self.batches.examples[i] for i in self.plan[index]]
-        return pack(rows) if self.batches.packing else pad(rows, self.batches.pad_id)
+        owner = self.batches
+        rows = [owner.examples[i] for i in self.plan[index]]
+        if not owner.packing:
+            return pad(rows, owner.pad_id)
+        return filled(pack(rows), owner.tokens, int(owner.lengths.max())) if owner.even else pack(rows)
 
 
 class Batches:
@@ -165,6 +189,7 @@ class Batches:
             self._bins, self._best_fit = _bins_needed(down.tolist(), tokens)
         else:
             self._sizes = _padded_sizes(down.tolist(), int(tokens / (1 + SLACK)))
+        self.even = False  # packed: fill every batch up to one shape
         self._made: tuple[int, list[list[int]]] | None = None
 
     def __len__(self) -> int:

@@ -1,9 +1,10 @@
 """y = x Wᵀ with a frozen W in fp8 (e4m3, one scale an output) and x quantised on the way in (one scale a token); its dX likewise.
 
-    y = s_x s_W (q(x) q(W)ᵀ)        q(v) = round_e4m3(v / s),  s = max|v| / 448 along the row
+    y  = s_x s_W (q(x) Wqᵀ)              q(v) = round_e4m3(v / s),  s = max|v| / 448 along the row
+    dX = s_g (q(dY ⊙ s_W) Wq)            W's scales lie along the summed axis here, so they go into dY before it is quantised
 
-Hopper's fp8 units run at twice the bf16 rate and want both operands contiguous along the summed axis, so the backward product
-dX = dY W needs W transposed: it is kept a second time (2 bytes a weight in all, as in bf16), quantised along its other axis.
+Both products are with the same bytes Wq, those that the layer stores. Hopper's fp8 units run at twice the bf16 rate and want both
+operands contiguous along the summed axis: the backward pass turns Wq round as it comes to it, 2 bytes of memory traffic a weight.
 """
 
 from __future__ import annotations
@@ -14,58 +15,67 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from weft.kernels.triton import transpose_bytes_triton, usable
+
 E4M3 = torch.float8_e4m3fn
 LARGEST = 448.0
 
 
 def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """x (n, k) -> (e4m3 (n, k), scale (n, 1) fp32), x ≈ q · scale. A row of zeros keeps a scale that is not zero."""
-    scale = (x.abs().amax(1, keepdim=True).float() / LARGEST).clamp_min(1e-12)
-    return (x.float() / scale).to(E4M3), scale
+    x = x.float()
+    scale = (x.abs().amax(1, keepdim=True) / LARGEST).clamp_min(1e-12)
+    return (x / scale).to(E4M3), scale
 
 
-def _product_reference(q: Tensor, scale: Tensor, w: Tensor, w_scale: Tensor, dtype: torch.dtype) -> Tensor:
+@torch.library.custom_op("weft::transposed_fp8", mutates_args=())
+def transposed(w: Tensor) -> Tensor:
+    """w (n, k), one byte an element -> (k, n), contiguous."""
+    if not usable(w):
+        return w.t().contiguous()
+    return transpose_bytes_triton(w, w.new_empty(w.shape[::-1]))
+
+
+@transposed.register_fake
+def _(w):  # type: ignore[no-untyped-def]
+    return w.new_empty(w.shape[::-1])
+
+
+def fp8_product_reference(q: Tensor, scale: Tensor, w: Tensor, w_scale: Tensor, dtype: torch.dtype) -> Tensor:
     """(n, k) by (m, k) with scales (n, 1) and (1, m) -> (n, m): dequantise and multiply, in fp32."""
     return ((q.float() * scale) @ (w.float() * w_scale.T).T).to(dtype)
 
 
-def _product(q: Tensor, scale: Tensor, w: Tensor, w_scale: Tensor, dtype: torch.dtype) -> Tensor:
+def fp8_product(q: Tensor, scale: Tensor, w: Tensor, w_scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """The same on fp8 units, where q is on a card."""
     if not q.is_cuda:
-        return _product_reference(q, scale, w, w_scale, dtype)
+        return fp8_product_reference(q, scale, w, w_scale, dtype)
     return torch._scaled_mm(q, w.t(), scale_a=scale, scale_b=w_scale, out_dtype=dtype, use_fast_accum=True)
 
 
 class _Fp8Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, w: Tensor, w_scale: Tensor, wt: Tensor, wt_scale: Tensor) -> Tensor:
-        ctx.save_for_backward(wt, wt_scale)
-        q, scale = quantise_rows(x)
-        return _product(q, scale, w, w_scale, x.dtype)
+    def forward(ctx: Any, x: Tensor, w: Tensor, w_scale: Tensor) -> Tensor:
+        ctx.save_for_backward(w, w_scale)
+        return fp8_product(*quantise_rows(x), w, w_scale.T.contiguous(), x.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> Any:
-        wt, wt_scale = ctx.saved_tensors
-        q, scale = quantise_rows(g)
-        return _product(q, scale, wt, wt_scale, g.dtype), None, None, None, None
+        w, w_scale = ctx.saved_tensors
+        one = torch.ones(1, w.shape[1], dtype=torch.float32, device=w.device)
+        return fp8_product(*quantise_rows(g.float() * w_scale.T), transposed(w), one, g.dtype), None, None
 
 
-def fp8_linear(x: Tensor, w: Tensor, w_scale: Tensor, wt: Tensor, wt_scale: Tensor) -> Tensor:
+def fp8_linear(x: Tensor, w: Tensor, w_scale: Tensor) -> Tensor:
     """x Wᵀ, and dX = dY W in the backward pass, both as fp8 products (dequantised and multiplied where there are no such units).
 
     Args:
-        x: (..., in), bf16 on a GPU. w: (out, in) e4m3, w_scale: (1, out) fp32. wt: (in, out) e4m3, wt_scale: (1, in) fp32.
+        x: (..., in), 16-bit on a GPU. w: (out, in) e4m3. w_scale: (out, 1) fp32.
     """
     # Shaped out here, so that what the function returns is no view and an adapter may add onto it in place.
-    y: Tensor = _Fp8Linear.apply(x.reshape(-1, x.shape[-1]), w, w_scale, wt, wt_scale)  # type: ignore[no-untyped-call]
+    y: Tensor = _Fp8Linear.apply(x.reshape(-1, x.shape[-1]), w, w_scale)  # type: ignore[no-untyped-call]
     return y.view(*x.shape[:-1], -1)
-
-
-def both_layouts(weight: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(w, w_scale, wt, wt_scale) of `fp8_linear` for a weight (out, in)."""
-    w, s = quantise_rows(weight)
-    wt, st = quantise_rows(weight.T.contiguous())
-    return w, s.T.contiguous(), wt, st.T.contiguous()
 
 
 def fits(weight: Any) -> bool:

@@ -1,4 +1,5 @@
-"""The Triton kernels that decode a weight in one launch, where Triton is installed: on a card, or on a CPU under TRITON_INTERPRET=1.
+"""The Triton kernels that decode a weight, or turn it round, in one launch, where Triton is installed: on a card, or on a CPU under
+TRITON_INTERPRET=1.
 
 Fusing of multiply and add is off (enable_fp_fusion=False): a fused map · absmax + offset moves 6% of the scales by an ulp.
 """
@@ -8,6 +9,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
+import torch
 from torch import Tensor
 
 try:
@@ -56,6 +58,13 @@ if triton is not None:
         value = tl.load(q + row * columns + column, mask=inside, other=0.0).to(tl.float32) * s
         tl.store(out + row * columns + column, value.to(out.dtype.element_ty), mask=inside)
 
+    @triton.jit
+    def _turned(q, out, rows, columns, SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
+        r = (tl.program_id(0) * SIZE + tl.arange(0, SIZE)).to(tl.int64)
+        c = (tl.program_id(1) * SIZE + tl.arange(0, SIZE)).to(tl.int64)
+        tile = tl.load(q + r[:, None] * columns + c[None, :], mask=(r[:, None] < rows) & (c[None, :] < columns), other=0)
+        tl.store(out + c[:, None] * rows + r[None, :], tl.trans(tile), mask=(c[:, None] < columns) & (r[None, :] < rows))
+
 
 def dequantise_4bit_triton(
     packed: Tensor, absmax: Tensor, nested_absmax: Tensor | None, nested_offset: Tensor | None, lut: Tensor, code2: Tensor, out: Tensor,
@@ -82,3 +91,10 @@ def dequantise_8bit_triton(packed: Tensor, scale: Tensor, out: Tensor, high: int
     _eight[grid](packed, scale, out, rows, columns, high, wide, across, per, SIZE=size, num_warps=warps, enable_fp_fusion=False)
     return out
 
+
+def transpose_bytes_triton(packed: Tensor, out: Tensor, size: int = 128, warps: int = 8) -> Tensor:
+    """packed (rows, columns), one byte an element, into out (columns, rows), tile by tile."""
+    rows, columns = packed.shape
+    grid: Any = (-(-rows // size), -(-columns // size))
+    _turned[grid](packed.view(torch.uint8), out.view(torch.uint8), rows, columns, SIZE=size, num_warps=warps)
+    return out

@@ -97,7 +97,7 @@ def packed_kwargs(cu_seqlens: Tensor, lengths: Sequence[int] = ()) -> dict[str, 
     lengths = lengths or cu_seqlens.diff().tolist()
     if cu_seqlens.device.type == "cpu" and cu_seqlens not in _layouts:
         _layouts[cu_seqlens] = layout(lengths)
-    longest = max(lengths)
+    longest = 1 << (max(lengths) - 1).bit_length()  # a bound, and one that differs little between batches: compilers look at it
     mask = torch.ones((1, 1, 1, 1), dtype=torch.bool, device=cu_seqlens.device)
     return {
         "attention_mask": mask,

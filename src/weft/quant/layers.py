@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from weft.core import Site, WeftError, base_class
+from weft.kernels.fp8_gemm import fp8_linear
 from weft.kernels.scratch import scratch
 from weft.quant.formats import FORMATS, Format
 
@@ -96,6 +97,7 @@ class QuantLinear(Quantised, nn.Linear):
     """
 
     own = nn.Linear
+    narrow = False  # whether a training pass multiplies in fp8, which `weft.step` turns on for an fp8 base
 
     def __init__(
         self, in_features: int, out_features: int, bias: bool = False, base: str = "nf4", dtype: torch.dtype = torch.float32
@@ -122,9 +124,12 @@ class QuantLinear(Quantised, nn.Linear):
             return F.linear(x, self.weight, self.bias)
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        if self.narrow and torch.is_grad_enabled():
+            y = fp8_linear(x.to(dtype), self.weight, self.weight_scale)
+            return y if self.bias is None else y + self.bias.to(dtype)
         held = [self._buffers.get(f"weight_{key}") for key in self.form.beside]
         held += [None] * (3 - len(held))
-        y: Tensor = Product.apply(x.to(dtype), self.form.name, self.shapes["weight"], False, self.weight, *held)  # type: ignore[no-untyped-call]
+        y = Product.apply(x.to(dtype), self.form.name, self.shapes["weight"], False, self.weight, *held)  # type: ignore[no-untyped-call]
         return y if self.bias is None else y + self.bias.to(dtype)
 
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
+from itertools import accumulate, pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,25 +19,50 @@ from torch import Tensor, nn
 BOUNDS = {"fp32": (1e-4, 1e-3, 1e-2), "16 bit": (5e-3, 0.25, 0.5), "fp8": (1e-2, 0.9, 1.5)}
 
 
-def bounds(model: nn.Module) -> tuple[str, tuple[float, float, float]]:
-    """(kind, its bounds) for the arithmetic of this model's base."""
+def bounds(model: nn.Module, fp8: bool) -> tuple[str, tuple[float, float, float]]:
+    """(kind, its bounds) for the arithmetic of this model's base; fp8: whether products are in it."""
     kinds = {t.dtype for t in (*model.parameters(), *model.buffers())}
-    if torch.float8_e4m3fn in kinds:
+    if fp8:
         return "fp8", BOUNDS["fp8"]
     kind = "16 bit" if kinds & {torch.bfloat16, torch.float16} else "fp32"
     return kind, BOUNDS[kind]
 
 
-def measure(loss: Callable[[], Tensor], parameters: Mapping[str, nn.Parameter]) -> tuple[float, dict[str, Tensor]]:
-    """The loss of one pass and every parameter's gradient; gradients are zero afterwards."""
-    value = loss()
-    value.backward()  # type: ignore[no-untyped-call]
+def pieces(batch: Any, tokens: int) -> list[Any]:
+    """A batch's rows in batches of about so many tokens, whose losses add up to that of the whole."""
+    if batch.cu_seqlens is None:
+        step = max(1, tokens // batch.input_ids.shape[1])
+        rows = [slice(i, i + step) for i in range(0, batch.input_ids.shape[0], step)]
+        names = ("input_ids", "position_ids", "targets", "attention_mask")
+        return [replace(batch, **{n: None if (t := getattr(batch, n)) is None else t[r] for n in names}) for r in rows]
+    starts, cuts = [0, *accumulate(batch.lengths)], [0]
+    for i in range(1, len(starts)):
+        if starts[i] - starts[cuts[-1]] >= tokens or i == len(starts) - 1:
+            cuts.append(i)
+    made = []
+    for first, last in pairwise(cuts):
+        span = slice(starts[first], starts[last])
+        if span.start == span.stop:  # empty rows, at the end of a batch that was filled up
+            continue
+        ids, places, targets = (getattr(batch, n)[:, span] for n in ("input_ids", "position_ids", "targets"))
+        ends = batch.cu_seqlens[first : last + 1] - batch.cu_seqlens[first]
+        made.append(replace(batch, input_ids=ids, position_ids=places, targets=targets, cu_seqlens=ends, keep=None,
+                            lengths=batch.lengths[first:last]))  # fmt: skip
+    return made
+
+
+def measure(losses: Iterable[Tensor], parameters: Mapping[str, nn.Parameter]) -> tuple[float, dict[str, Tensor]]:
+    """The sum of some losses, one pass after another, and every parameter's gradient of it; gradients are zero afterwards."""
+    total = 0.0
+    for loss in losses:
+        loss.backward()  # type: ignore[no-untyped-call]
+        total += float(loss.detach())
     grads = {}
     for name, p in parameters.items():
         if p.grad is not None:
             grads[name] = p.grad.detach().clone()
             p.grad.zero_()
-    return float(value.detach()), grads
+    return total, grads
 
 
 def differences(

@@ -20,15 +20,18 @@ import torch
 from torch import Tensor, nn
 
 from weft.core import WeftError, features, is_linear, modules
-from weft.quant import is_quantised
-from weft.step.check import bounds, differences, measure, stirred
+from weft.quant import QuantLinear
+from weft.step.check import bounds, differences, measure, pieces, stirred
+from weft.step.fp8 import BOUND, narrowable, watched
 from weft.step.loss import Batch, fusible, loss_sum
 from weft.step.regions import install, repeated, uninstall
 
 logger = logging.getLogger("weft")
 Memory = float | int | str  # "auto", a share (0 to 1), or bytes
-LEVELS = (1.0, 0.7, 0.4, 0.1, 0.0)  # share of the activations kept; below RECOMPUTE: each layer's input alone; 0: in the host's memory
+LEVELS = (1.0, 0.7, 0.4, 0.1, 0.0)  # share of the activations kept; below RECOMPUTE: each layer's input alone; 0: nothing on the card
 RECOMPUTE = 0.2
+AWAY = 0.2  # level 0 keeps this share in the host's memory: what PCIe 5 moves while a layer of an 8-billion Llama works
+CHECKED = 2048  # tokens of a piece of the self-check's plain pass, which forms more at once than the fast one
 SPARE = 0.88  # of what is free may be planned for: the allocator cuts memory into pieces, and kernels want workspaces
 
 
@@ -43,6 +46,7 @@ class Fast:
     level: float
     layers: list[nn.Module]
     cuda: bool
+    narrow: dict[str, QuantLinear] = field(default_factory=dict)  # the layers that multiply in fp8, by path
     said: list[str] = field(default_factory=list)
     compile_seconds: float = 0.0
 
@@ -53,32 +57,38 @@ class Fast:
     def install(self, level: float) -> None:
         """Regions for this level of memory."""
         self.level = level
-        recompute = len(self.layers) if level < RECOMPUTE else 0
-        if not self.compiled and RECOMPUTE <= level < 1:  # without a compiler to choose what is cheap, whole layers are kept or not
-            recompute = round((1 - level) * len(self.layers))
-        uninstall(self.layers)
+        offload = level == 0 and self.cuda
+        share, recompute = AWAY if offload else 0.0 if level < RECOMPUTE else level, 0
+        if not self.compiled:  # without a compiler to choose what is cheap, whole layers are kept or not
+            share, recompute = 1.0, len(self.layers) if level < RECOMPUTE else round((1 - level) * len(self.layers))
+        self.close()
+        for layer in self.narrow.values():
+            layer.narrow = True
         if self.compiled or recompute:
-            offload = level == 0 and self.cuda
-            install(self.layers, self.compiled, self.varying, recompute, offload, level if level >= RECOMPUTE else 1.0)
+            install(self.layers, self.compiled, self.varying, recompute, offload, share)
 
     def close(self) -> None:
         uninstall(self.layers)
+        for layer in narrowable(self.model, everywhere=True).values():
+            layer.narrow = False
 
     def describe(self) -> str:
         parts = [f"{len(self.layers)} layers compiled" if self.compiled else "layers as they are"]
+        if self.narrow:
+            parts.append(f"{len(self.narrow)} products in fp8")
         parts.append("no logits formed" if self.head is not None else "all logits formed")
         if self.level >= 1:
             parts.append("activations kept")
         elif self.level >= RECOMPUTE:
             parts.append(f"{self.level:.0%} of the activations kept")
         else:
-            parts.append("layers recomputed" + (", their inputs in host memory" if self.level == 0 and self.cuda else ""))
+            parts.append("layers recomputed" + (", what they keep in host memory" if self.level == 0 and self.cuda else ""))
         return "step: " + ", ".join(parts)
 
 
 def prepare(
     model: nn.Module, batch: Batch, parameters: Mapping[str, nn.Parameter], *, memory: Memory = "auto", compile: bool | None = None,
-    varying: bool = True, self_check: bool = True, say: Callable[[str], None] = logger.warning,
+    fp8: bool = False, varying: bool = True, self_check: bool = True, say: Callable[[str], None] = logger.warning,
 ) -> Fast:  # fmt: skip
     """Choose the fast path for this model and try it on a micro-batch.
 
@@ -88,21 +98,23 @@ def prepare(
         memory: "auto" spends what the card has free; a share of the activations to keep, from 0 (least memory) to 1 (most speed); or
             bytes that the whole process may take on the card (above 1).
         compile: None: on CUDA. varying: batches differ in shape.
+        fp8: multiply in fp8 in the layers that an fp8 base stores so, where the device has such units.
         self_check: compare with the plain path. say: where a fall-back is told.
     Raises:
         WeftError: the micro-batch does not fit even with the least memory; a memory setting of no sense.
     """
     if (isinstance(memory, str) and memory != "auto") or (not isinstance(memory, str) and memory < 0):
         raise WeftError(f'train.memory: {memory!r} is not "auto", a share from 0 to 1, nor a number of bytes')
-    device = batch.input_ids.device
+    device, layers = batch.input_ids.device, repeated(model)
     cuda = device.type == "cuda"
-    fast = Fast(model, cuda if compile is None else compile, fusible(model), varying, 1.0, repeated(model), cuda)
-    # The first form of the packed product gave wrong gradients when compiled on a card (found by the self-check). It has another form
-    # since, which agrees on a CPU; until it is measured on a card, packed bases run as they are there.
-    packed = cuda and compile is None and any(is_quantised(m) for _, m in modules(model))
-    fast.compiled = fast.compiled and bool(fast.layers) and not packed
-    fast.install(_level(model, batch, memory, fast.layers))
-    if not fast.compiled and fast.head is None:
+    compiled = (cuda if compile is None else compile) and bool(layers)
+    fast = Fast(model, compiled, fusible(model), varying, _level(model, batch, memory, layers), layers, cuda)
+    if fp8:
+        fast.narrow = narrowable(model)
+        if not fast.narrow:
+            say("no product can be in fp8 here (that takes base: fp8, and a card with fp8 units): they are computed from decoded weights")
+    if not fast.compiled and fast.head is None and not fast.narrow:
+        fast.install(fast.level)
         return fast
     random = _active_dropout(model)
     training = model.training
@@ -117,12 +129,13 @@ def prepare(
 
 def _try(fast: Fast, batch: Batch, parameters: Mapping[str, nn.Parameter], self_check: bool, say: Callable[[str], None]) -> None:
     started = time.perf_counter()
-    device = batch.input_ids.device
-    with stirred(parameters, device):
+    with stirred(parameters, batch.input_ids.device):
+        plain = _plain(fast, batch, parameters, say) if self_check else None
+        fast.install(fast.level)
         while True:
             out_of_memory = False
             try:
-                found = measure(lambda: fast.loss(batch), parameters)
+                found = measure((fast.loss(b) for b in (batch,)), parameters)
                 break
             except torch.OutOfMemoryError:
                 out_of_memory = True
@@ -139,36 +152,47 @@ def _try(fast: Fast, batch: Batch, parameters: Mapping[str, nn.Parameter], self_
                     raise WeftError("a micro-batch does not fit into the memory, whatever is recomputed: lower train.tokens")
                 say(f"out of memory with {fast.level:.0%} of the activations kept; trying less")
                 fast.install(lower[0])
-        fast.compile_seconds = time.perf_counter() - started
-        if self_check:
-            _compare(fast, found, batch, parameters, say)
-
-
-def _compare(fast: Fast, found: Any, batch: Batch, parameters: Mapping[str, nn.Parameter], say: Callable[[str], None]) -> None:
-    """The same micro-batch with nothing compiled and by the operations' references, recomputed piece by piece so that it fits."""
-    kind, limits = bounds(fast.model)
-    chosen = [layer._compiled_call_impl for layer in fast.layers]
-    uninstall(fast.layers)
-    plain = None
-    try:
-        if fast.layers and batch.input_ids.device.type == "cuda":
-            install(fast.layers, False, fast.varying, len(fast.layers), False, fast.level)
-        plain = measure(lambda: loss_sum(fast.model, batch, fast.head, plain=True), parameters)
-    except torch.OutOfMemoryError:
-        _clear(parameters)
-        say("the self-check was left out: the plain path does not fit into the memory")
-    for layer, call in zip(fast.layers, chosen, strict=True):
-        layer._compiled_call_impl = call
+    fast.compile_seconds = time.perf_counter() - started
     if plain is None:
         return
+    kind, limits = bounds(fast.model, bool(fast.narrow))
     agreed, wrong = differences(found, plain, limits)
     if wrong:
         listed = "\n  ".join(wrong[:8] + ([f"and {len(wrong) - 8} more"] if len(wrong) > 8 else []))
         say(f"the fast step does not agree with the plain one, which is used instead:\n  {listed}")
-        fast.compiled, fast.head = False, None
+        fast.compiled, fast.head, fast.narrow = False, None, {}
         fast.install(fast.level)
     else:
         fast.said.append(f"self-check ({kind}): {agreed}")
+
+
+def _plain(
+    fast: Fast, batch: Batch, parameters: Mapping[str, nn.Parameter], say: Callable[[str], None]
+) -> tuple[float, dict[str, Tensor]] | None:
+    """The micro-batch with nothing compiled and by the operations' references, in pieces and layer by layer so that it fits.
+
+    Meanwhile each product that would be in fp8 is held against the plain one; those that are too far off lose it.
+    """
+    if fast.layers and fast.cuda:
+        install(fast.layers, False, fast.varying, len(fast.layers), False, 1.0)
+    try:
+        with watched(list(fast.narrow.values())) as apart:
+            parts = (loss_sum(fast.model, b, fast.head, plain=True) for b in pieces(batch, CHECKED))
+            found = measure(parts, parameters)
+    except torch.OutOfMemoryError:
+        _clear(parameters)
+        say("the self-check was left out: the plain path does not fit into the memory")
+        return None
+    finally:
+        uninstall(fast.layers)
+    far = {path: apart[id(m)] for path, m in fast.narrow.items() if not apart.get(id(m), 0.0) <= BOUND}
+    if far:
+        shown = ", ".join(f"{path} ({error:.2g})" for path, error in list(far.items())[:8])
+        say(f"{len(far)} of {len(fast.narrow)} layers are too far off in fp8 (more than {BOUND} of a product) and decode: {shown}")
+        fast.narrow = {path: m for path, m in fast.narrow.items() if path not in far}
+    if apart:
+        fast.said.append(f"fp8: each product within {max(e for e in apart.values() if e <= BOUND):.2g} of the plain one (bound {BOUND})")
+    return found
 
 
 def _clear(parameters: Mapping[str, nn.Parameter]) -> None:

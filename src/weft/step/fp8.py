@@ -1,46 +1,60 @@
-"""Frozen linear layers that multiply in fp8, forward and backward, where the card has such units."""
+"""Which layers of an fp8 base multiply in fp8, and how far each is from its plain product on real inputs and gradients."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from weft.core import Site, base_class, modules
-from weft.kernels.fp8_gemm import both_layouts, can_fp8, fits, fp8_linear
+from weft.core import modules
+from weft.kernels.fp8_gemm import can_fp8, fits, fp8_linear
+from weft.quant import QuantLinear
 
-HELD = ("w", "w_scale", "wt", "wt_scale")
-
-
-class Fp8Linear(nn.Linear):
-    """A frozen linear layer whose weight is held in fp8 in both layouts, 2 bytes a weight as in bf16; `weight` is empty meanwhile."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = fp8_linear(x, *(getattr(self, f"fp8_{name}") for name in HELD))
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+# ‖fp8 - plain‖ / ‖plain‖ of one product or its dX. Rounding both sides to 3 bits of mantissa gives 0.037 on normal numbers; a layer that
+# is beyond this has rows that span more than fp8's range.
+BOUND = 0.08
 
 
-def compute_in_fp8(model: nn.Module, layers: list[nn.Module]) -> int:
-    """Turn the frozen plain linear maps inside these layers into `Fp8Linear`, in place and before adapters; how many were turned.
-
-    A layer whose sides are no multiples of 16, and any layer on a card without fp8 units, stays as it is.
-    """
-    turned = 0
-    for layer in layers:
-        for _, module in modules(layer):
-            if isinstance(module, Site) or base_class(module) is not nn.Linear or module.weight.requires_grad:
-                continue
-            if can_fp8(module.weight.device) and fits(module.weight):
-                turn(module)
-                turned += 1
-    return turned
+def narrowable(model: nn.Module, everywhere: bool = False) -> dict[str, QuantLinear]:
+    """The layers stored in fp8 with a scale a row whose products fp8 units can take, by path. everywhere: on devices without them too."""
+    found = {}
+    for path, m in modules(model):
+        if isinstance(m, QuantLinear) and m.form.name == "fp8" and m.is_packed() and m.weight_scale.shape == (m.out_features, 1):
+            if fits(m.weight) and (everywhere or can_fp8(m.weight.device)):
+                found[path] = m
+    return found
 
 
-def turn(module: Any) -> None:
-    """One linear layer."""
-    with torch.no_grad():
-        for name, value in zip(HELD, both_layouts(module.weight.detach()), strict=True):
-            module.register_buffer(f"fp8_{name}", value, persistent=False)
-    module.weight = nn.Parameter(module.weight.detach().new_empty(0), requires_grad=False)
-    module.__class__ = Fp8Linear
+@contextmanager
+def watched(layers: Sequence[QuantLinear]) -> Iterator[dict[int, float]]:
+    """While these layers work plainly: id of a layer -> the larger of the distances of its product and of its dX in fp8 from the plain."""
+    worst: dict[int, float] = {}
+
+    def apart(layer: QuantLinear, got: Tensor, want: Tensor) -> None:
+        found = float((got - want).float().norm() / want.float().norm().clamp_min(1e-30))
+        worst[id(layer)] = max(worst.get(id(layer), 0.0), found if found == found else float("inf"))
+
+    def forward(layer: Any, args: tuple[Any, ...], output: Tensor) -> None:
+        x: Tensor = args[0].detach()
+        with torch.no_grad():
+            apart(layer, fp8_linear(x, layer.weight, layer.weight_scale), x @ layer.unpacked(dtype=x.dtype).T)
+
+        def backward(g: Tensor) -> None:
+            with torch.enable_grad():
+                again = x.detach().requires_grad_()
+                (got,) = torch.autograd.grad(fp8_linear(again, layer.weight, layer.weight_scale), again, g)
+            with torch.no_grad():
+                apart(layer, got, g @ layer.unpacked(dtype=g.dtype))
+
+        if output.requires_grad:
+            output.register_hook(backward)
+
+    handles = [layer.register_forward_hook(forward) for layer in layers]
+    try:
+        yield worst
+    finally:
+        for handle in handles:
+            handle.remove()

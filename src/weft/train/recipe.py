@@ -75,6 +75,9 @@ class TrainConfig:
     again in the backward pass) to 1 (most speed); or the bytes that the process may use on the card."""
     compile: bool | None = None
     """Compile the repeated layers. Null: on CUDA, where it takes some ten seconds once."""
+    fp8: bool = False
+    """Multiply in fp8 where the base is stored so (`base: fp8`) and the card has such units: forward and backward products of the frozen
+    layers, at up to twice the rate. Layers whose products come out too far off are named and decoded."""
     self_check: bool = True
     """Before the first step one micro-batch goes through the fast path and through the plain one; where they differ, the plain one is used
     and that is said."""

@@ -126,12 +126,14 @@ class Run:
 
     def _prepare(self) -> None:
         """Choose the fast path of a step, and try it."""
-        c, first = self.config, self.batches.epoch(0)
+        c = self.config
+        self.batches.even = self.batches.packing and (self.device.type == "cuda" if c.compile is None else c.compile)
+        first = self.batches.epoch(0)
         shapes = {tuple(b.input_ids.shape) for b in first[:8]} if not self.over() else set()
         largest = max(first, key=lambda b: b.input_ids.numel())
         self.fast = prepare(
-            self.model, largest.to(self.device), self.parameters, memory=c.memory, compile=c.compile, varying=len(shapes) > 1,
-            self_check=c.self_check, say=self.warn,
+            self.model, largest.to(self.device), self.parameters, memory=c.memory, compile=c.compile, fp8=c.fp8,
+            varying=len(shapes) > 1, self_check=c.self_check, say=self.warn,
         )  # fmt: skip
         for line in (self.fast.describe(), *self.fast.said):
             self.tell({"event": "note", "text": line})
