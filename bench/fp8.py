@@ -22,16 +22,16 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
 from _common import save
-from train import SHAPES
 
 import weft
+from train import SHAPES
 from weft.data import DataConfig, load_rows, pad, prepare
 from weft.quant import dense, is_quantised, quantise_
 from weft.step import loss_sum
 from weft.step.fp8 import narrowable
 from weft.train import EvalConfig, Recipe, TrainConfig
 
-ROOT, WINDOW, TOKENS = Path(__file__).parent.parent, 50, 4096
+ROOT, WINDOW, TOKENS = Path(__file__).parent.parent, 50, 2048
 
 
 def texts(folder: Path) -> tuple[Path, Path]:

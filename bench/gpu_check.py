@@ -209,8 +209,9 @@ def fast_step() -> None:
             weft.adapt(model, weft.LoRA(rank=8)).train()
             batch = (filled(pack(examples), 2048, 500) if rows == "packed" else pad(examples)).to(DEVICE)
             said: list[str] = []
-            fast = prepare_step(model, batch, weft.adapters.trainable(model, "default"), memory=level, compile=True, varying=rows != "packed",
-                                fp8=base == "fp8", say=said.append)  # fmt: skip
+            parameters, one_shape = weft.adapters.trainable(model, "default"), rows == "packed"
+            how = {"memory": level, "compile": True, "varying": not one_shape, "fp8": base == "fp8"}
+            fast = prepare_step(model, batch, parameters, **how, say=said.append)
             print("\n".join([*said, *fast.said]))
             check(f"fast step, {base}, {rows}, {level} of the activations kept: agrees", float(bool(said)), 0.0)
             fast.close()

@@ -48,7 +48,8 @@ ROWS: dict[str, tuple[str, str, float, str, str]] = {
     "8B bf16, in between": ("8B", "bf16", 0.5, "full", "LoRA"),
     "8B nf4, least memory": ("8B", "nf4", 0.0, "full", "LoRA"),
 }
-SIDES = ("weft", "peft+liger", "peft")
+SIDES = ("weft", "unsloth", "peft+liger", "peft")
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 def counts(shape: str) -> tuple[int, float]:
@@ -158,15 +159,59 @@ def peft_side(side: str, shape: str, fmt: str, memory: float, kind: str, method:
         from liger_kernel.transformers import apply_liger_kernel_to_llama
 
         apply_liger_kernel_to_llama()
-    model = base(shape, "cuda")
+    if fmt == "nf4":
+        from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+        how = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+                                 bnb_4bit_compute_dtype=torch.bfloat16)  # fmt: skip
+        model = AutoModelForCausalLM.from_pretrained(saved(shape), quantization_config=how, dtype=torch.bfloat16, device_map={"": 0})
+    else:
+        model = base(shape, "cuda")
     if memory < 0.2:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.enable_input_require_grads()
     model.config.use_cache = False
-    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     torch.manual_seed(0)
-    config = peft.LoraConfig(r=RANK, lora_alpha=RANK, target_modules=targets, task_type="CAUSAL_LM", use_dora=method == "DoRA")
+    config = peft.LoraConfig(r=RANK, lora_alpha=RANK, target_modules=TARGETS, task_type="CAUSAL_LM", use_dora=method == "DoRA")
     model = peft.get_peft_model(model, config).train()
+    return peers_step(model, shape, kind)
+
+
+def unsloth_side(shape: str, fmt: str, memory: float, kind: str, method: str) -> tuple[Any, Any]:
+    import torch
+    from unsloth import FastLanguageModel
+
+    model, _ = FastLanguageModel.from_pretrained(
+        model_name=str(saved(shape)), max_seq_length=LENGTH, dtype=torch.bfloat16, load_in_4bit=fmt == "nf4", attn_implementation="sdpa"
+    )
+    model = FastLanguageModel.get_peft_model(
+        model, r=RANK, target_modules=TARGETS, lora_alpha=RANK, lora_dropout=0, bias="none", random_state=0, use_dora=method == "DoRA",
+        use_gradient_checkpointing="unsloth" if memory < 0.2 else False,
+    )  # fmt: skip
+    return peers_step(model.train(), shape, kind)
+
+
+def saved(shape: str) -> Path:
+    """The shape's random weights as a checkpoint with a tokenizer, for those who load from a folder."""
+    import tempfile
+
+    folder = Path(tempfile.gettempdir()) / f"weft-bench-{shape}"
+    if not (folder / "tokenizer.json").exists():
+        from tokenizers import Tokenizer, models
+        from transformers import PreTrainedTokenizerFast
+
+        base(shape, "cuda").save_pretrained(folder)
+        words = {chr(i + 256): i for i in range(256)} | {"<s>": 256, "</s>": 257, "<pad>": 258, "<unk>": 259}
+        made = Tokenizer(models.BPE(words, [], unk_token="<unk>"))
+        names = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
+        PreTrainedTokenizerFast(tokenizer_object=made, **names).save_pretrained(folder)
+    return folder
+
+
+def peers_step(model: Any, shape: str, kind: str) -> tuple[Any, Any]:
+    """A peer's step: autocast, clipping, fused AdamW."""
+    import torch
+
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(parameters, lr=LR, weight_decay=0.0, fused=True)
     static = torch.cuda.memory_allocated()
@@ -216,6 +261,8 @@ def sustained() -> dict[str, float]:
 
 def alone(row: str, side: str, device: str, profile: bool) -> dict[str, Any]:
     """One row on one side, in this process."""
+    if side == "unsloth":
+        import unsloth  # noqa: F401 (it patches transformers, and wants to be first)
     import torch
 
     shape, fmt, memory, kind, method = ROWS[row] if row in ROWS else ("tiny", "bf16", float(row), "full", "LoRA")
@@ -223,6 +270,8 @@ def alone(row: str, side: str, device: str, profile: bool) -> dict[str, Any]:
     began = time.perf_counter()
     if side == "weft":
         step, facts = weft_side(shape, fmt, memory, kind, method, device)
+    elif side == "unsloth":
+        step, facts = unsloth_side(shape, fmt, memory, kind, method)
     else:
         step, facts = peft_side(side, shape, fmt, memory, kind, method)
     built = time.perf_counter() - began
@@ -299,8 +348,8 @@ def main() -> None:
         for side in args.sides:
             if missing := absent(side):
                 rows.append({"row": row, "side": side, "error": f"{missing} is not installed"})
-            elif side != "weft" and ROWS[row][1] != "bf16":
-                continue
+            elif side != "weft" and (ROWS[row][1] == "fp8" or (side == "peft+liger" and ROWS[row][1] == "nf4")):
+                continue  # nobody else multiplies in fp8; peft is measured once in 4 bits
             elif time.perf_counter() - began > args.seconds:
                 rows.append({"row": row, "side": side, "error": "not run: out of time"})
             else:
@@ -324,7 +373,7 @@ def run(row: str, side: str, args: Any) -> dict[str, Any]:
 
 
 def absent(side: str) -> str:
-    needed = {"peft": ["peft"], "peft+liger": ["peft", "liger_kernel"], "unsloth": ["unsloth"]}.get(side, [])
+    needed = {"peft": ["peft"], "peft+liger": ["peft", "liger_kernel"], "unsloth": ["unsloth", "bitsandbytes"]}.get(side, [])
     return ", ".join(n for n in needed if importlib.util.find_spec(n) is None)
 
 

@@ -142,3 +142,20 @@ def test_moving_and_casting_never_touch_the_bytes() -> None:
         assert torch.equal(dense(layer), want)
         layer.requires_grad_(True)
         assert not layer.weight.requires_grad and layer.bias.requires_grad
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", r"ignore:The \.grad attribute")  # what torch's compiler itself causes
+@pytest.mark.parametrize("base", ["nf4", "int8", "fp8"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_compiled_layer_has_the_gradient_of_the_plain_one(base: str, dtype: torch.dtype) -> None:
+    """One graph; torch 2.11 gave zeros for a gradient once."""
+    torch.manual_seed(0)
+    layer = QuantLinear.of(FORMATS[base].pack(torch.randn(24, 33)), (24, 33), base, dtype)
+    x = torch.randn(5, 33, dtype=dtype, requires_grad=True)
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    for work in (compiled, layer):
+        y = work(x)
+        (got,) = torch.autograd.grad(y, x, torch.ones_like(y))
+        want = torch.ones(5, 24) @ dense(layer).float()
+        assert (got.float() - want).norm() <= 1e-2 * want.norm()

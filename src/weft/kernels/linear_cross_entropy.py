@@ -80,6 +80,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             loss += sliced
             if dh is not None:
                 torch.mm(dlogits, weight, out=dh[part])
+            del dlogits  # before the next slice's logits come
         ctx.save_for_backward(dh)
         return loss
 

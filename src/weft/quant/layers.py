@@ -125,7 +125,7 @@ class QuantLinear(Quantised, nn.Linear):
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         if self.narrow and torch.is_grad_enabled():
-            y = fp8_linear(x.to(dtype), self.weight, self.weight_scale)
+            y: Tensor = fp8_linear(x.to(dtype), self.weight, cast(Tensor, self.weight_scale))
             return y if self.bias is None else y + self.bias.to(dtype)
         held = [self._buffers.get(f"weight_{key}") for key in self.form.beside]
         held += [None] * (3 - len(held))
@@ -145,7 +145,8 @@ class Product(torch.autograd.Function):
         ctx.base, ctx.shape, ctx.turned = base, shape, turned
         wide = computing(x.dtype, x.device)
         W = _decoded(base, shape, (weight, first, second, third), wide)
-        return F.linear(x.to(wide), W.mT if turned else W).to(x.dtype)
+        y = F.linear(x.to(wide), W.mT if turned else W)
+        return y if wide == x.dtype else y.to(x.dtype)  # torch 2.11's compiler takes the gradient for zero behind a `to` that does nothing
 
     @staticmethod
     @once_differentiable
@@ -162,15 +163,14 @@ def _decoded(base: str, shape: torch.Size, held: tuple[Any, ...], dtype: torch.d
     return form.unpack(tensors, shape, dtype, scratch(shape, held[0], dtype), again)
 
 
-@cache
-def _cpu_multiplies_in_16_bits() -> bool:
-    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+# Asked once and here: a compiler that meets the question in a forward pass leaves its graph for it.
+CPU_MULTIPLIES_IN_16_BITS = bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 def computing(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """The dtype of a product: x's own, but fp32 on a CPU without AVX512-BF16 or AMX, where a 16-bit g·W takes 60 to 120 times as long."""
     narrow = device.type == "cpu" and dtype in (torch.bfloat16, torch.float16)
-    return torch.float32 if narrow and not (dtype == torch.bfloat16 and _cpu_multiplies_in_16_bits()) else dtype
+    return torch.float32 if narrow and not (dtype == torch.bfloat16 and CPU_MULTIPLIES_IN_16_BITS) else dtype
 
 
 def settle(module: nn.Module) -> None:

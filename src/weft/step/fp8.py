@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,12 +20,14 @@ BOUND = 0.08
 
 def narrowable(model: nn.Module, everywhere: bool = False) -> dict[str, QuantLinear]:
     """The layers stored in fp8 with a scale a row whose products fp8 units can take, by path. everywhere: on devices without them too."""
-    found = {}
-    for path, m in modules(model):
-        if isinstance(m, QuantLinear) and m.form.name == "fp8" and m.is_packed() and m.weight_scale.shape == (m.out_features, 1):
-            if fits(m.weight) and (everywhere or can_fp8(m.weight.device)):
-                found[path] = m
-    return found
+
+    def can(m: object) -> bool:
+        if not isinstance(m, QuantLinear) or m.form.name != "fp8" or not m.is_packed():
+            return False
+        by_rows = m.tensors()["scale"].shape == (m.out_features, 1)
+        return by_rows and fits(m.weight) and (everywhere or can_fp8(m.weight.device))
+
+    return {path: cast(QuantLinear, m) for path, m in modules(model) if can(m)}
 
 
 @contextmanager

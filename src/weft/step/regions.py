@@ -77,6 +77,8 @@ class Away:
 
     def __init__(self) -> None:
         self.kept: list[ref[Kept]] = []
+        self.leaving: list[Tensor] = []  # held until they are copied out
+        self.left: torch.cuda.Event | None = None  # behind the copies out
         self.fetched: torch.cuda.Event | None = None  # behind the copies back, once they are under way
 
 
@@ -85,6 +87,9 @@ class Offload:
 
     A layer of an 8-billion Llama takes about 6 ms for 8192 tokens, in which PCIe 5 moves some 300 MB: its input (67 MB) and three times
     as much again spares half of what would be computed again.
+
+    The host is far ahead of the card, so memory is handed on in the order of the card's work and not by what is done already: all of it
+    is from the main stream, which waits for the copies out of a layer before the next layer but one begins, and for those back before use.
     """
 
     LEAST = 1 << 22  # bytes; smaller tensors stay where they are
@@ -93,6 +98,7 @@ class Offload:
         self.stream = torch.cuda.Stream()
         self.pinned: dict[tuple[Any, ...], list[Tensor]] = {}  # buffers to use again: pinning costs more than copying
         self.layers: list[ref[Away]] = []  # in the order of the forward pass
+        self.last: Away | None = None  # whose tensors are leaving
 
     @contextmanager
     def hooks(self, layer: nn.Module) -> Iterator[None]:
@@ -101,11 +107,19 @@ class Offload:
         self.layers = [*(r for r in self.layers if r() is not None), ref(away)]
 
         def pack(t: Tensor) -> Tensor | Kept:
-            small = t.numel() * t.element_size() < self.LEAST
+            small = t.numel() * t.element_size() < self.LEAST or 0 in t.stride()
             return t if not t.is_cuda or small or t.untyped_storage().data_ptr() in own else self._out(t, away)
 
         with torch.autograd.graph.saved_tensors_hooks(pack, self._in):
             yield
+        away.left = self.stream.record_event()
+        self._gone(self.last)
+        self.last = away
+
+    def _gone(self, away: Away | None) -> None:
+        if away is not None and away.left is not None:
+            torch.cuda.current_stream().wait_event(away.left)
+            away.leaving.clear()
 
     def _out(self, t: Tensor, away: Away) -> Kept:
         free = self.pinned.setdefault((t.shape, t.stride(), t.dtype), [])
@@ -113,21 +127,30 @@ class Offload:
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
             host.copy_(t, non_blocking=True)
-        t.record_stream(self.stream)
         kept = Kept(host, t.device, away)
+        away.leaving.append(t)
         away.kept.append(ref(kept))
         return kept
 
     def _fetch(self, away: Away) -> None:
-        if away.fetched is None:
-            with torch.cuda.stream(self.stream):
-                for kept in filter(None, (r() for r in reversed(away.kept))):
-                    kept.back = kept.host.to(kept.device, non_blocking=True)
-                away.fetched = self.stream.record_event()
+        if away.fetched is not None:
+            return
+        coming = [kept for r in reversed(away.kept) if (kept := r()) is not None]
+        for kept in coming:
+            kept.back = torch.empty_strided(kept.host.shape, kept.host.stride(), dtype=kept.host.dtype, device=kept.device)
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            for kept in coming:
+                assert kept.back is not None
+                kept.back.copy_(kept.host, non_blocking=True)
+        away.fetched = self.stream.record_event()
 
     def _in(self, kept: Tensor | Kept) -> Tensor:
         if isinstance(kept, Tensor):
             return kept
+        if self.last is not None:  # the backward pass begins
+            self._gone(self.last)
+            self.last = None
         self._fetch(kept.layer)
         if any(r() is kept.layer for r in self.layers):  # the first of its layer to be asked for: the layer before it is next
             while self.layers and self.layers.pop()() is not kept.layer:
@@ -139,7 +162,6 @@ class Offload:
             raise RuntimeError("what a layer kept was read twice: a graph whose activations are in the host's memory gives gradients once")
         torch.cuda.current_stream().wait_event(kept.layer.fetched)
         back, kept.back = kept.back, None
-        back.record_stream(torch.cuda.current_stream())
         self.pinned[(back.shape, back.stride(), back.dtype)].append(kept.host)
         return back
 
