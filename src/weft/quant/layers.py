@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import cache
 from typing import Any, cast
 
 import torch
@@ -12,7 +11,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from weft.core import Site, WeftError, base_class
-from weft.kernels.fp8_gemm import fp8_linear
+from weft.kernels.fp8_gemm import E4M3, fp8_linear
 from weft.kernels.scratch import scratch
 from weft.quant.formats import FORMATS, Format
 
@@ -125,12 +124,16 @@ class QuantLinear(Quantised, nn.Linear):
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         if self.narrow and torch.is_grad_enabled():
-            y: Tensor = fp8_linear(x.to(dtype), self.weight, cast(Tensor, self.weight_scale))
+            y: Tensor = self.in_fp8(x.to(dtype))
             return y if self.bias is None else y + self.bias.to(dtype)
         held = [self._buffers.get(f"weight_{key}") for key in self.form.beside]
         held += [None] * (3 - len(held))
         y = Product.apply(x.to(dtype), self.form.name, self.shapes["weight"], False, self.weight, *held)  # type: ignore[no-untyped-call]
         return y if self.bias is None else y + self.bias.to(dtype)
+
+    def in_fp8(self, x: Tensor) -> Tensor:
+        """x Wᵀ by fp8 products, W being stored as fp8 with a scale a row."""
+        return fp8_linear(x, self.weight.view(E4M3), cast(Tensor, self.weight_scale))
 
 
 class Product(torch.autograd.Function):

@@ -189,8 +189,9 @@ def _plain(
         shown = ", ".join(f"{path} ({error:.2g})" for path, error in list(far.items())[:8])
         say(f"{len(far)} of {len(fast.narrow)} layers are too far off in fp8 (more than {BOUND} of a product) and decode: {shown}")
         fast.narrow = {path: m for path, m in fast.narrow.items() if path not in far}
-    if apart:
-        fast.said.append(f"fp8: each product within {max(e for e in apart.values() if e <= BOUND):.2g} of the plain one (bound {BOUND})")
+    if fast.narrow:
+        worst = max(apart[id(m)] for m in fast.narrow.values())
+        fast.said.append(f"fp8: each product within {worst:.2g} of the plain one (bound {BOUND})")
     return found
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from weft.core import modules
-from weft.kernels.fp8_gemm import can_fp8, fits, fp8_linear
+from weft.kernels.fp8_gemm import can_fp8, fits
 from weft.quant import QuantLinear
 
 # ‖fp8 - plain‖ / ‖plain‖ of one product or its dX. Rounding both sides to 3 bits of mantissa gives 0.037 on normal numbers; a layer that
@@ -42,12 +42,12 @@ def watched(layers: Sequence[QuantLinear]) -> Iterator[dict[int, float]]:
     def forward(layer: Any, args: tuple[Any, ...], output: Tensor) -> None:
         x: Tensor = args[0].detach()
         with torch.no_grad():
-            apart(layer, fp8_linear(x, layer.weight, layer.weight_scale), x @ layer.unpacked(dtype=x.dtype).T)
+            apart(layer, layer.in_fp8(x), x @ layer.unpacked(dtype=x.dtype).T)
 
         def backward(g: Tensor) -> None:
             with torch.enable_grad():
                 again = x.detach().requires_grad_()
-                (got,) = torch.autograd.grad(fp8_linear(again, layer.weight, layer.weight_scale), again, g)
+                (got,) = torch.autograd.grad(layer.in_fp8(again), again, g)
             with torch.no_grad():
                 apart(layer, got, g @ layer.unpacked(dtype=g.dtype))
 
