@@ -101,7 +101,8 @@ def train(result: dict[str, Any]) -> str:
         if "error" in r:
             rows.append([r["row"], r["side"], r["error"][:60], *[""] * 5])
             continue
-        cells = [f"{r['tokens_per_s']:,.0f}", f"{r['targets_per_s']:,.0f}", f"{r['share_of_limit']:.0%}", f"{r['peak_gb']:.1f}"]
+        cells = [f"{r['tokens_per_s']:,.0f}", f"{r['targets_per_s']:,.0f}", f"{r['share_of_limit']:.0%}" if "share_of_limit" in r else "-",
+                 f"{r['peak_gb']:.1f}"]  # fmt: skip
         rows.append([r["row"], r["side"], *cells, f"{r['first_step_s']:.1f}", f"{r['loss']:.3f}"])
     head = ["work", "", "tokens/s", "that bear loss", "of a sustained product", "peak GB", "first step, s", "loss after 20 steps"]
     said = f"Random weights, LoRA of rank {result['rank']}, {result['batch']} tokens a step. {result.get('note', '')}"
@@ -127,6 +128,7 @@ BLOCKS: dict[str, tuple[str, str, Callable[[dict[str, Any]], str]]] = {
     "step": ("bench/results/step.json", "python bench/step.py", step),
     "step_gpu": ("bench/results/step_gpu.json", "python bench/step.py --device cuda", step),
     "train": ("bench/results/train.json", "python bench/train.py", train),
+    "train_h100": ("bench/results/train_h100.json", "python bench/train.py --alone ROW weft", train),
     "demo": ("src/weft/cli/demo_sweep.json", "python bench/demo_sweep.py", demo),
     "base": ("bench/results/base.json", "python bench/base/report.py", base),
 }

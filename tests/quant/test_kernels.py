@@ -17,6 +17,7 @@ from torch import nn
 
 from weft.kernels import four_bit
 from weft.kernels.four_bit import NF4, TABLES, block_size, scales
+from weft.kernels.scratch import _all as buffers_of_all
 from weft.kernels.scratch import release, scratch
 from weft.quant import FORMATS, QuantLinear, computing, dense, relative_error, roundtrip
 from weft.quant.four_bit import BLOCKS
@@ -113,10 +114,22 @@ def test_the_buffer_is_used_again_and_belongs_to_its_thread() -> None:
     with torch.inference_mode():
         assert scratch((2, 3), like, torch.float32).data_ptr() == first.data_ptr()
     theirs: list[int] = []
-    thread = threading.Thread(target=lambda: theirs.append(scratch((4, 8), like, torch.float32).data_ptr()))
+    done = threading.Event()
+
+    def work() -> None:
+        theirs.append(scratch((4, 8), like, torch.float32).data_ptr())
+        done.wait()
+        theirs.append(sum(len(b) for b in buffers_of_all))
+
+    thread = threading.Thread(target=work)
     thread.start()
+    while not theirs:
+        pass
+    assert theirs[0] != first.data_ptr() and sum(len(b) for b in buffers_of_all) >= 2
+    release()
+    done.set()
     thread.join()
-    assert theirs[0] != first.data_ptr()
+    assert theirs[1] == 0
     assert scratch((4, 8), torch.zeros(1, device="meta"), torch.float32) is None
     release()
 

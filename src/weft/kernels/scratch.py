@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import threading
 from math import prod
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
 
-_here = threading.local()  # the backward pass on a card runs in a thread of its own, and a server has several
+
+class Buffers(dict[object, Tensor]):
+    """Those of one thread: the backward pass on a card runs in a thread of its own, and a server has several."""
+
+    __hash__ = object.__hash__  # type: ignore[assignment]
+
+
+_here = threading.local()
+_all: WeakSet[Buffers] = WeakSet()
 
 
 def real(tensor: Tensor) -> bool:
@@ -28,7 +37,10 @@ def scratch(shape: tuple[int, ...], like: Tensor, dtype: torch.dtype) -> Tensor 
         if torch.cuda.is_current_stream_capturing():
             return None
         stream = torch.cuda.current_stream(device).cuda_stream
-    buffers: dict[object, Tensor] = _here.__dict__.setdefault("buffers", {})
+    buffers: Buffers | None = getattr(_here, "buffers", None)
+    if buffers is None:
+        buffers = _here.buffers = Buffers()
+        _all.add(buffers)
     key, numel = (device, stream, dtype), prod(shape)
     found = buffers.get(key)
     if found is None or found.numel() < numel:
@@ -40,5 +52,6 @@ def scratch(shape: tuple[int, ...], like: Tensor, dtype: torch.dtype) -> Tensor 
 
 
 def release() -> None:
-    """Give the buffers of this thread back, as when a model is dropped."""
-    _here.__dict__.pop("buffers", None)
+    """Give the buffers of all threads back: when a model is dropped, or when layers are compiled, which have no use for them."""
+    for buffers in list(_all):
+        buffers.clear()

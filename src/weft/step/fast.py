@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from weft.core import WeftError, features, is_linear, modules
+from weft.kernels.scratch import release
 from weft.quant import QuantLinear
 from weft.step.check import bounds, differences, measure, pieces, stirred
 from weft.step.fp8 import BOUND, narrowable, watched
@@ -184,6 +185,7 @@ def _plain(
         return None
     finally:
         uninstall(fast.layers)
+        release()
     far = {path: apart[id(m)] for path, m in fast.narrow.items() if not apart.get(id(m), 0.0) <= BOUND}
     if far:
         shown = ", ".join(f"{path} ({error:.2g})" for path, error in list(far.items())[:8])
