@@ -5,8 +5,8 @@
 For each row: tokens a second, TFLOP/s at 4·P·T (forward and dX; a frozen base needs no dW, and recomputation is not credited) plus
 attention, as a share of a matrix product sustained for seconds in the same run, peak and static memory, seconds to the first step, and
 the loss after 20 steps on one fixed batch stream. A program that is not installed is named as such. Needs one CUDA device. The peers want
-peft and liger-kernel; unsloth wants unsloth_zoo, bitsandbytes, trl, datasets, diffusers, torchao, cut-cross-entropy, tyro, typeguard, shtab,
-msgspec, hf_transfer, structlog and json5 too.
+peft and liger-kernel; unsloth wants unsloth_zoo, bitsandbytes, trl, datasets, diffusers, torchao, cut-cross-entropy, tyro, typeguard,
+shtab, msgspec, hf_transfer, structlog and json5 too.
 """
 
 from __future__ import annotations
