@@ -20,10 +20,11 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 import weft
-from tests.cli.conftest import Ran, World, write_rows
+from tests.cli.conftest import Ran, World, tokenizer, write_rows
+from tests.conftest import jolt
 from weft.cli.answering import Sampling, Speaker
 from weft.cli.chat import Conversation
 from weft.cli.main import parser_of
@@ -266,6 +267,18 @@ def test_merge_writes_a_plain_model(world: World, run: Run, tmp_path: Path, dtyp
         torch.testing.assert_close(plain(ids).logits, model(ids).logits, atol=1e-4 if dtype == "auto" else 0.3, rtol=0)
     if dtype == "auto":
         assert run("generate", "--model", out, "what is 7", "--max-tokens", 9).out == reference(world, world.a, ["what is 7"], 9)[0] + "\n"
+
+
+def test_merge_asks_a_model_no_more_than_it_has_positions_for(run: Run, tmp_path: Path) -> None:
+    words = tokenizer()
+    sizes = dict(vocab_size=len(words), n_embd=32, n_layer=1, n_head=4, n_positions=16)
+    model = GPT2LMHeadModel(GPT2Config(**sizes, pad_token_id=256, bos_token_id=257, eos_token_id=257))
+    model.save_pretrained(tmp_path / "base")
+    words.save_pretrained(tmp_path / "base")
+    jolt(weft.adapt(model, weft.LoRA(rank=2, targets="c_attn")))
+    weft.save(model, tmp_path / "a")
+    ran = run("merge", "--model", tmp_path / "base", "--adapter", tmp_path / "a", "-o", tmp_path / "merged")
+    assert ran.code == 0 and "the same in 16 of 16 places" in ran.out, ran.err
 
 
 def test_merge_replaces_a_model_when_told(world: World, run: Run, tmp_path: Path) -> None:

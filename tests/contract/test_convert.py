@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import weft
 from tests.conftest import ConvNet, Plain, gpt2, jolt, llama
+from tests.contract.test_contract import METHODS_TRIED
 from weft.adapters import attached
 from weft.core import is_linear
 
@@ -135,3 +136,29 @@ def test_extract_by_energy_and_what_is_broken(tmp_path: Path) -> None:
     tuned.model.layers[1].mlp.up_proj.weight.data[0, 0] = torch.inf
     with pytest.raises(weft.WeftError, match=r"layers.1.mlp.up_proj.weight has numbers that are not finite in this Llama"):
         weft.extract(llama(0), tuned)
+
+
+@pytest.mark.parametrize("name", METHODS_TRIED)
+def test_what_was_cast_to_bf16_whole_works_merges_and_converts(name: str, ids: Tensor) -> None:
+    method = METHODS_TRIED[name]("llama")
+    model = weft.adapt(llama(), method, "some")
+    jolt(model)
+    want = _out(model, ids)
+    model.to(torch.bfloat16)
+    assert (_out(model, ids) - want).norm() < 0.05 * want.norm()
+    if not method.mergeable:
+        return
+    with torch.no_grad():
+        exact = {p: a.float().merged(copy.deepcopy(model).get_submodule(p)) for p, a in attached(copy.deepcopy(model), "some").items()}
+    weft.merge(model)
+    for path, held in exact.items():
+        for key, value in held.items():
+            own = model.get_submodule(path)._parameters[key]
+            assert own is None or torch.equal(own, value.to(torch.bfloat16)), path  # formed in fp32, rounded once
+    weft.unmerge(model)
+    try:
+        kept = weft.convert(model, "some", rank=32)
+    except weft.WeftError as e:
+        assert "holds no change of a linear layer" in str(e)
+        return
+    assert (_out(model, ids) - want).norm() < 0.05 * want.norm() or kept.notes  # of norms, which no LoRA holds

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -176,7 +177,7 @@ def test_several_active_ones_stand_behind_each_other() -> None:
     ids, mask = ragged()
     for name, method in METHODS.items():
         weft.adapt(model, method, name)
-    for names in (["prefix", "prefix-projected"], ["prompt", "p-tuning"], ["prefix", "prompt"]):
+    for names in (["prefix", "prefix-projected"], ["prompt", "p-tuning"], ["prefix", "prompt"], ["prompt", "prefix", "p-tuning"]):
         weft.use(model, names)
         with torch.no_grad():
             made = model.generate(ids, attention_mask=mask, **GREEDY)
@@ -185,6 +186,28 @@ def test_several_active_ones_stand_behind_each_other() -> None:
                 step = model(again, attention_mask=here, use_cache=False).logits[:, -1].argmax(-1, keepdim=True)
                 again, here = torch.cat([again, step], 1), torch.cat([here, torch.ones_like(step)], 1)
         assert torch.equal(made, again), names
+
+
+@pytest.mark.parametrize("make", [llama, gpt2, t5])
+def test_a_prefix_and_a_prompt_work_together_in_any_order(make: Any) -> None:
+    torch.manual_seed(1)
+    model = make()
+    for name in ("prefix", "prompt"):
+        weft.adapt(model, METHODS[name], name)
+    weft.adapt(model, weft.LoRA(rank=2), "lora")
+    jolt(nn.ModuleList(attached(model, "lora").values()))
+    ids, mask = ragged()
+    more = dict(decoder_input_ids=tokens(2, 4)) if make is t5 else {}
+    there = slice(None) if make is t5 else mask.bool()
+    found: list[tuple[Tensor, ...]] = []
+    for names in itertools.permutations(("prefix", "prompt", "lora")):
+        weft.use(model, names)
+        with torch.no_grad():
+            made = [model.generate(ids, attention_mask=mask, num_beams=n, use_cache=c, **GREEDY) for n in (1, 3) for c in (True, False)]
+            found.append((model(ids, attention_mask=mask, **more).logits[there], *made))
+        assert torch.equal(made[0], made[1]) and torch.equal(made[2], made[3]), names
+    for other in found[1:]:
+        assert torch.allclose(other[0], found[0][0], atol=1e-5) and torch.equal(other[1], found[0][1])
 
 
 @pytest.mark.parametrize("checkpointed", [False, True])

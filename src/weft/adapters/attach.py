@@ -146,7 +146,7 @@ def use(model: nn.Module, names: str | Sequence[str] | None) -> None:
     """
     chosen = () if names is None else (names,) if isinstance(names, str) else tuple(names)
     found = sites(model)
-    _known(found, chosen)
+    check_known(found, chosen)
     _not_merged(found)
     for site in found.values():
         activate(site, chosen)
@@ -196,7 +196,7 @@ def rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
     """
     found = sites(model)
     distinct = tuple(dict.fromkeys(n for n in names if n is not None))
-    _known(found, distinct)
+    check_known(found, distinct)
     before = {path: site.active for path, site in found.items()}
     try:
         for path, site in found.items():
@@ -231,7 +231,8 @@ def _not_merged(found: dict[str, Site]) -> None:
         raise WeftError(f"{', '.join(sorted(merged))} is merged into the base: call weft.unmerge(model) before choosing other adapters")
 
 
-def _known(found: dict[str, Site], chosen: Sequence[str]) -> None:
+def check_known(found: dict[str, Site], chosen: Sequence[str]) -> None:
+    """Raise WeftError if one of these names is no adapter of the model's sites."""
     slots = [slot_of(site) for site in found.values()]
     if unknown := [n for n in chosen if not any(n in slot for slot in slots)]:  # in this order the cost is that of the sites alone
         have = {n for slot in slots for n in slot}

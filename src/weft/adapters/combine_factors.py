@@ -62,7 +62,7 @@ def combine_factors(
     for path in [p for p in found if any(p in part for part in parts)]:
         here = [(part[path], float(w)) for part, w in zip(parts, weights, strict=True) if path in part]
         try:
-            made[path] = _layer(how, here, found[path], rank or most, clamp, density, majority)
+            made[path] = combined(how, here, found[path], rank or most, clamp, density, majority)
         except RuntimeError:
             ranks = [cast(Any, a).product()[0].shape[0] for a, _ in here]
             if len(set(ranks)) == 1:
@@ -72,8 +72,9 @@ def combine_factors(
 
 
 @torch.no_grad()
-def _layer(how: str, here: Sequence[tuple[Any, float]], layer: Site, rank: int, clamp: float | None,
-           density: float | None, majority: Majority) -> Factors:  # fmt: skip
+def combined(how: str, here: Sequence[tuple[Any, float]], layer: Site, rank: int, clamp: float | None,
+             density: float | None, majority: Majority) -> Factors:  # fmt: skip
+    """The factors of one layer, of (adapter, weight) pairs that are low-rank updates."""
     if how == "cat":
         stacked = stack([factors_of(a, layer) for a, _ in here], [1.0 for _ in here])
         scales = torch.cat([torch.full((a.product()[0].shape[0],), w * a.scale) for a, w in here]).to(stacked.A.device)
@@ -103,7 +104,7 @@ def _layer(how: str, here: Sequence[tuple[Any, float]], layer: Site, rank: int, 
 def _arithmetic(how: str, parts: Sequence[Tensor], weights: Sequence[float], density: float | None, majority: str) -> Tensor:
     """peft's task arithmetic: prune, elect signs among what is left, weigh, and add or average."""
     if density is not None and density < 1 and how not in ("linear", "svd"):
-        parts = [_thinned(p, density, at_random=how.startswith("dare")) for p in parts]
+        parts = [thinned(p, density, at_random=how.startswith("dare")) for p in parts]
     found = torch.stack(list(parts))
     weighted = found * torch.tensor(weights, device=found.device).view(-1, *(1 for _ in found.shape[1:]))
     if not how.endswith("ties"):
@@ -114,7 +115,8 @@ def _arithmetic(how: str, parts: Sequence[Tensor], weights: Sequence[float], den
     return (weighted * agree).sum(0) / agree.sum(0).clamp_min(1.0)
 
 
-def _thinned(x: Tensor, density: float, at_random: bool) -> Tensor:
+def thinned(x: Tensor, density: float, at_random: bool) -> Tensor:
+    """x with a share `density` of its elements: at random and rescaled, or the largest."""
     if at_random:
         return x * torch.bernoulli(torch.full_like(x, density)) / density
     mask = torch.zeros_like(x).flatten()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from weft.adapters.attach import attach, attached, check_new
 from weft.adapters.combine import Kept, Layer, norm_of, plain_lora
 from weft.adapters.combine_algebra import Factors, factors_of, is_low_rank, leading, reaching, shorten
-from weft.core import WeftError, is_conv, is_conv1d, is_linear, sites
+from weft.core import WeftError, is_conv, is_conv1d, is_linear, masters, sites
 from weft.core.layers import numbers
 
 
@@ -53,7 +53,7 @@ def convert(model: nn.Module, name: str, rank: int | None = None, to: str | None
                 made[path], kept = shorten(own, rank or 16)
                 norm = norm_of(own)
                 layers[path] = Layer(made[path].rank * made[path].A.shape[0], norm, kept)
-            new = {} if getattr(layer, "groups", 1) > 1 else adapter.merged(here[path])
+            new = {} if getattr(layer, "groups", 1) > 1 else masters(adapter).merged(here[path])
             for key, value in new.items():
                 before = numbers(layer, key).float() if layer._parameters.get(key) is not None or key == "weight" else None
                 change = value - before if before is not None else value

@@ -8,8 +8,8 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import nn
 
-from weft.adapters.attach import _known, active, remove
-from weft.core import Site, WeftError, activate, is_sharded, logical, modules, sites, slot_of
+from weft.adapters.attach import active, check_known, remove
+from weft.core import Site, WeftError, activate, is_sharded, logical, masters, modules, sites, slot_of
 from weft.quant import settle
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -29,7 +29,7 @@ def merge(model: Model, names: str | Sequence[str] | None = None, *, keep: bool 
     """
     found = sites(model)
     chosen = active(model) if names is None else (names,) if isinstance(names, str) else tuple(names)
-    _known(found, chosen)
+    check_known(found, chosen)
     if any("kept" in site.__dict__ for site in found.values()):
         raise WeftError("adapters are merged into this base already: call weft.unmerge(model) first")
     if not chosen:
@@ -39,7 +39,7 @@ def merge(model: Model, names: str | Sequence[str] | None = None, *, keep: bool 
     tied: dict[tuple[int, ...], nn.Parameter] = {}
     with torch.no_grad():
         for site in here.values():
-            _fold(site, chosen, tied, keep)
+            fold(site, chosen, tied, keep)
     if untie and getattr(getattr(model, "config", None), "tie_word_embeddings", False):
         cast(Any, model).config.tie_word_embeddings = False
     if not keep:
@@ -61,7 +61,8 @@ def unmerge(model: Model) -> Model:
     return model
 
 
-def _fold(site: Site, chosen: Sequence[str], tied: dict[tuple[int, ...], nn.Parameter], keep: bool) -> None:
+def fold(site: Site, chosen: Sequence[str], tied: dict[tuple[int, ...], nn.Parameter], keep: bool) -> None:
+    """Fold the named adapters of one layer into it, unchecked. `tied`: the new parameters so far, so that what is tied stays tied."""
     module, slot, before = cast(nn.Module, site), slot_of(site), site.active
     kept: dict[str, nn.Parameter | None] = {}
     past: dict[str, tuple[int, ...]] = {}  # of each parameter: what it was, and what it went through
@@ -69,7 +70,7 @@ def _fold(site: Site, chosen: Sequence[str], tied: dict[tuple[int, ...], nn.Para
     for name in chosen:
         if name not in slot:
             continue
-        for key, value in slot[name].merged(site).items():
+        for key, value in masters(slot[name]).merged(site).items():
             own = module._parameters.get(key)
             kept.setdefault(key, own)
             if own is None and not value.any():

@@ -12,6 +12,7 @@ import torch
 from transformers.generation.streamers import BaseStreamer
 
 import weft.adapters
+from weft.cli.common import room
 from weft.core import WeftError
 from weft.data import DataConfig, Encoder, Row
 from weft.train.evaluate import end_of_turn, left_padded, prompt_ids
@@ -50,7 +51,7 @@ class Speaker:
         self.plain = plain or not tokenizer.chat_template
         self.encoder = Encoder(tokenizer, DataConfig(train="", template="plain"))
         self.stop = end_of_turn(tokenizer, model)
-        self.room = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 10**9
+        self.room = room(model)
         if sampling.temperature:
             torch.manual_seed(sampling.seed)
 

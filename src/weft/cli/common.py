@@ -158,6 +158,11 @@ def load(model: str, adapters: Sequence[Given], base: str = "auto", device: str 
     return loaded, tokenizer
 
 
+def room(model: Any) -> int:
+    """How many tokens the model has positions for; of one that does not say, as many as anyone writes."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 10**9
+
+
 def check_device(device: str | None) -> str | None:
     """The device as torch understands it. Raises UsageError for one that it does not know or that is not there."""
     if device in (None, "auto"):

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from weft.cli.common import Given, base_of, check_device, load, model_arguments, no_bars, out, say, settings_of, step
+from weft.cli.common import Given, base_of, check_device, load, model_arguments, no_bars, out, room, say, settings_of, step
 from weft.cli.main import UsageError
 
 PROBE = (
@@ -172,7 +172,7 @@ def changes(model: Any, dtype: Any, trained: str | None, into: tuple[str, Any] |
     """
     import torch
 
-    from weft.core import sites, slot_of
+    from weft.core import masters, sites, slot_of
     from weft.models import parse_base
     from weft.quant import FORMATS, dense, roundtrip
 
@@ -183,7 +183,7 @@ def changes(model: Any, dtype: Any, trained: str | None, into: tuple[str, Any] |
             names = [n for n in site.active if n in slot_of(site)]
             if len(names) != 1 or slot_of(site)[names[0]].unmergeable(site) or not slot_of(site)[names[0]].method.mergeable:
                 continue
-            value = slot_of(site)[names[0]].merged(site).get("weight")
+            value = masters(slot_of(site)[names[0]]).merged(site).get("weight")
             if value is None or value.dim() != 2:
                 continue
             own: Any = dense(site).float()
@@ -245,10 +245,10 @@ def cast(model: Any, dtype: Any) -> Any:
 
 
 def probe(tokenizer: Any, model: Any) -> Any:
-    """(1, T) ids of a few lines of text, the same for every merge."""
+    """(1, T) ids of a few lines of text, the same for every merge, cut to the places that the model has."""
     import torch
 
-    ids = tokenizer(PROBE, return_tensors="pt")["input_ids"]
+    ids = tokenizer(PROBE, return_tensors="pt")["input_ids"][:, : room(model)]
     return ids.to(next(model.parameters()).device).clamp(max=model.get_input_embeddings().num_embeddings - 1).to(torch.int64)
 
 

@@ -1,6 +1,6 @@
 """The contract: a frozen layer with a slot (Site), what goes into the slot (Adapter), who builds it (Method). Imports torch only."""
 
-from weft.core.adapter import Adapter, Mixture
+from weft.core.adapter import Adapter, Mixture, masters
 from weft.core.errors import WeftError
 from weft.core.layers import features, is_conv, is_conv1d, is_linear, is_sharded, logical, numbers
 from weft.core.method import METHODS, Method
@@ -47,6 +47,7 @@ __all__ = [
     "is_linear",
     "is_sharded",
     "logical",
+    "masters",
     "matcher",
     "modules",
     "numbers",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,11 +17,15 @@ if TYPE_CHECKING:
     from weft.core.method import Method
 
 
+AnyAdapter = TypeVar("AnyAdapter", bound="Adapter")
+
+
 class Adapter(nn.Module):
     """Advice around a frozen layer. Parameters are fp32 masters, made on the CPU so that a seed means the same on every device."""
 
     method: Method  # who built it; set by `adapt` and `load`
     fixed: frozenset[str] = frozenset()  # names of parameters that files hold and training leaves as they are
+    outer: ClassVar[int] = 0  # of several around one layer those with more stand further out; those with as much, as the caller said
     kin: ClassVar[type[Adapter] | None] = None  # the class whose `mixed` serves rows of several kinds at once; None: its own kind alone
 
     def forward(self, layer: Site | Around, *inputs: Any, **kwargs: Any) -> Any:
@@ -32,7 +36,7 @@ class Adapter(nn.Module):
         """The parameters, in fp32 and in the layer's own layout, of the one plain layer that computes what layer and adapter do together.
 
         Found by probing: a linear map is known by its values at 0 and at the unit vectors, an embedding by its rows.
-        Override it where a closed form exists. Raises WeftError for a layer that probing cannot see through.
+        Override it where a closed form exists; call it on `masters(adapter)`. Raises WeftError for a layer that probing cannot see through.
         """
         module = plain(layer)
         device = next(self.parameters()).device
@@ -72,6 +76,19 @@ class Adapter(nn.Module):
             out = y.new_zeros(len(rows), *y.shape[1:]) if out is None else out
             out = out.index_copy(0, mine, y)
         return out
+
+
+def masters(adapter: AnyAdapter) -> AnyAdapter:
+    """The adapter with its numbers in fp32, where updates are formed: itself, but where somebody cast a whole model to 16 bits."""
+    held = (adapter._parameters, adapter._buffers)
+    if not any(t is not None and t.is_floating_point() and t.itemsize < 4 for tensors in held for t in tensors.values()):
+        return adapter
+    twin: AnyAdapter = object.__new__(type(adapter))
+    twin.__dict__ = adapter.__dict__ | {
+        "_parameters": {k: p if p is None else nn.Parameter(p.detach().float(), p.requires_grad) for k, p in adapter._parameters.items()},
+        "_buffers": {k: b.float() if b is not None and b.is_floating_point() else b for k, b in adapter._buffers.items()},
+    }
+    return twin
 
 
 _version = attrgetter("_version")

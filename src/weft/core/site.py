@@ -213,7 +213,8 @@ def activate(site: Site, names: tuple[str, ...] | Mixture) -> None:
         return
     slot = slot_of(site)
     here = tuple(n for n in names if n in slot)
-    _set(site, here, None if not here else slot[here[0]] if len(here) == 1 else Chain(tuple(slot[n] for n in here)))
+    chain = sorted((slot[n] for n in here), key=lambda adapter: adapter.outer)
+    _set(site, here, None if not here else chain[0] if len(here) == 1 else Chain(tuple(chain)))
 
 
 def _set(site: Site, active: tuple[str, ...], plan: Any) -> None:

@@ -19,6 +19,8 @@ from weft.methods.virtual import Virtual
 class Door(Virtual):
     """Tells the layers of an adapter which tokens are theirs. It has no parameter of its own and changes nothing of the call."""
 
+    outer = 1  # around a prompt, which takes the tokens away
+
     def __init__(self, gate: Gate) -> None:
         super().__init__()
         self.gate = gate

@@ -44,8 +44,8 @@ class Neck(Adapter):
     def more(self, x: Tensor) -> Tensor:
         """s · W_up f(W_down x)."""
         dtype = x.dtype
-        if self.gain is not None:
-            x = F.layer_norm(x.float(), self.gain.shape, self.gain, self.shift).to(dtype)
+        if self.gain is not None and self.shift is not None:
+            x = F.layer_norm(x.float(), self.gain.shape, self.gain.float(), self.shift.float()).to(dtype)
         z = _F[self.how.nonlinearity](F.linear(x, self.down.to(dtype), self.down_bias.to(dtype)))
         return self.how.scale * F.linear(z, self.up.to(dtype), self.up_bias.to(dtype))
 

@@ -58,7 +58,7 @@ class Decomposed(Factors):
         return self.update(base, y, x, B)
 
     def factors(self, base: Any) -> tuple[Tensor, Tensor | None, Tensor]:
-        """c, b - c b₀, c B in fp32. In evaluation they are kept for as long as nobody writes to the adapter or to the base."""
+        """c and b - c b₀ in fp32, and c B. In evaluation they are kept for as long as nobody writes to the adapter or to the base."""
         keep = not (torch.is_grad_enabled() or torch.compiler.is_compiling() or self.A.is_inference())
         state = (_state(self), _state(base)) if keep else None
         if keep and self.kept.get("state") == state:
@@ -66,7 +66,7 @@ class Decomposed(Factors):
         c = self.m.flatten() / self.norm(base)
         b = getattr(base, "bias", None)
         shift = None if b is None else self.along((b if self.bias is None else self.bias) - c * b)
-        made = self.along(c), shift, rows_of(self.B, c)
+        made = self.along(c), shift, rows_of(self.B, c).to(self.B.dtype)
         if not torch.compiler.is_compiling():
             self.kept.update(state=state, factors=made if keep else None)
         return made

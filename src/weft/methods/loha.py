@@ -29,10 +29,10 @@ class Hadamard(Update):
         cored = effective(layer, method.use_effective_conv2d)
         inside = inside if cored else inside * prod(kernel)
         a = (rank, out) if cored else (out, rank)
-        self.t1 = _random(*core_shape(layer, rank)) if cored else None
-        self.a1, self.b1 = _random(*a), _random(rank, inside)
-        self.t2 = _random(*core_shape(layer, rank)) if cored else None
-        self.a2, self.b2 = _random(*a), nn.Parameter(torch.zeros(rank, inside))
+        self.t1 = random_start(*core_shape(layer, rank)) if cored else None
+        self.a1, self.b1 = random_start(*a), random_start(rank, inside)
+        self.t2 = random_start(*core_shape(layer, rank)) if cored else None
+        self.a2, self.b2 = random_start(*a), nn.Parameter(torch.zeros(rank, inside))
 
     def delta(self, layer: Any) -> Tensor:
         if self.t1 is None or self.t2 is None:
@@ -42,7 +42,7 @@ class Hadamard(Update):
         return self.scale * W.reshape(shape_of(layer))
 
 
-def _random(*shape: int) -> nn.Parameter:
+def random_start(*shape: int) -> nn.Parameter:
     p = torch.empty(*shape)
     return nn.Parameter(p if p.is_meta else nn.init.kaiming_uniform_(p, a=sqrt(5)))
 

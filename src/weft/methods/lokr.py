@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from weft.core import Adapter, Site, WeftError, is_conv
-from weft.methods.loha import LoHa, _random
+from weft.methods.loha import LoHa, random_start
 from weft.methods.updates import Update, core_shape, effective, shape_of, tucker
 
 
@@ -37,11 +37,11 @@ class Kronecker(Update):
         cored = thin2 and effective(layer, method.use_effective_conv2d)
         self.w1 = None if thin1 else nn.Parameter(torch.zeros(a, c))
         self.w1_a = nn.Parameter(torch.zeros(a, rank)) if thin1 else None
-        self.w1_b = _random(rank, c) if thin1 else None
-        self.w2 = None if thin2 else _random(b, d, *kernel)
-        self.w2_a = None if not thin2 else _random(rank, b) if cored else _random(b, rank)
-        self.w2_b = None if not thin2 else _random(rank, d if cored else d * prod(kernel))
-        self.t2 = _random(*core_shape(layer, rank)) if cored else None
+        self.w1_b = random_start(rank, c) if thin1 else None
+        self.w2 = None if thin2 else random_start(b, d, *kernel)
+        self.w2_a = None if not thin2 else random_start(rank, b) if cored else random_start(b, rank)
+        self.w2_b = None if not thin2 else random_start(rank, d if cored else d * prod(kernel))
+        self.t2 = random_start(*core_shape(layer, rank)) if cored else None
 
     def halves(self) -> tuple[Tensor, Tensor]:
         """W₁ (a, c) and W₂ (b, d · kernel)."""

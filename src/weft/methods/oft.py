@@ -34,9 +34,10 @@ class Rotation(Update):
     def rotations(self) -> Tensor:
         """R's blocks, (blocks or 1, size, size)."""
         how, n = self.how, self.size
-        Q = self.R.new_zeros(len(self.R), n, n)
+        R = self.R.float()
+        Q = R.new_zeros(len(R), n, n)
         rows, columns = torch.triu_indices(n, n, 1, device=Q.device)
-        Q = Q.index_put((torch.arange(len(Q), device=Q.device)[:, None], rows, columns), self.R)
+        Q = Q.index_put((torch.arange(len(Q), device=Q.device)[:, None], rows, columns), R)
         Q = Q - Q.mT
         if how.coft:  # kept in a ball around the identity; the gradient passes as if nothing had been done
             near = how.eps / sqrt(len(Q)) / Q.norm(dim=(1, 2), keepdim=True).clamp_min(1e-30)
@@ -63,7 +64,7 @@ class Rotation(Update):
 
     def _blockwise(self, x: Tensor, R: Tensor) -> Tensor:
         """Each block of a row times its own matrix, in one batched product over the blocks."""
-        rows = x.reshape(-1, self.blocks, self.size).transpose(0, 1).to(self.R.dtype)
+        rows = x.reshape(-1, self.blocks, self.size).transpose(0, 1).to(R.dtype)
         return torch.bmm(rows, R.expand(self.blocks, -1, -1)).transpose(0, 1).reshape(x.shape)
 
     def forward(self, layer: Site | Around, x: Tensor) -> Tensor:
@@ -71,7 +72,7 @@ class Rotation(Update):
 
     def delta(self, layer: Any) -> Tensor:
         """W₀ Rᵀ - W₀; x ↦ x R and W ↦ W Rᵀ are one function."""
-        W = dense(layer).to(self.R.dtype)
+        W = dense(layer).float()
         W = W.T if is_conv1d(layer) else W
         return self._blockwise(W, self.rotations().mT) - W
 

@@ -26,6 +26,8 @@ from weft.methods.virtual import Virtual, check_positions, counts_positions, fro
 class Prefix(Virtual):
     """P (V, 2·layers·heads·size): the key of layer l is block 2l, its value block 2l+1."""
 
+    outer = -1  # inside a prompt, which would take the longer cache for one that has begun
+
     def __init__(self, method: PrefixTuning, layers: int, heads: int, size: int, model: Any) -> None:
         super().__init__()
         twice = bool(model.config.is_encoder_decoder)

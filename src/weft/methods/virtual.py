@@ -36,7 +36,7 @@ class Virtual(Adapter):
     def mixed(cls, mixture: Mixture, layer: Site, *inputs: Any, **kwargs: Any) -> Any:
         call = called(layer, inputs, kwargs)
         several: Any = mixture.adapters
-        kinds = {type(a).around: a for a in sorted(several, key=lambda a: (a.ahead, a.columns))}  # a prefix lengthens the cache: last
+        kinds = {type(a).around: a for a in sorted(several, key=lambda a: -a.outer)}
         rows = mixture.owners(_ids(call))
         return Each(layer, list(kinds.values()), several, rows).frozen(**call)
 

@@ -13,10 +13,10 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from weft.adapters.merge import _fold
+from weft.adapters.merge import fold
 from weft.compat.peft.kinds import as_value_error
 from weft.compat.peft.views import BufferDict, HiddenSlot, bare, frozen_dtype, hide, holder, parts, show
-from weft.core import Adapter, Front, Mixture, Site, activate, close_site, is_conv1d, slot_of, unmerged
+from weft.core import Adapter, Front, Mixture, Site, activate, close_site, is_conv1d, masters, slot_of, unmerged
 from weft.quant import dense, settle
 
 
@@ -238,12 +238,12 @@ class BaseTunerLayer(Front):
             if why:
                 raise ValueError(f"adapter {name!r} cannot be merged: {why}")
             with torch.no_grad(), as_value_error():
-                if safe_merge and not all(torch.isfinite(v).all() for v in adapter.merged(site).values()):
+                if safe_merge and not all(torch.isfinite(v).all() for v in masters(adapter).merged(site).values()):
                     raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
         together = list(dict.fromkeys(self._unfold() + new))
         activate(site, tuple(together))
         with torch.no_grad(), as_value_error():
-            _fold(site, together, {}, True)
+            fold(site, together, {}, True)
         self.merged_adapters = self.merged_adapters + new
         self.settle()
 
@@ -265,7 +265,7 @@ class BaseTunerLayer(Front):
         rest = list(dict.fromkeys(n for front in self.get_base_layer().__dict__["fronts"] for n in front.merged_adapters))
         if rest:
             with torch.no_grad():
-                _fold(cast(Site, self.get_base_layer()), rest, {}, True)
+                fold(cast(Site, self.get_base_layer()), rest, {}, True)
         self.settle()
 
     def merged_for_good(self) -> None:
@@ -280,7 +280,7 @@ class BaseTunerLayer(Front):
         site: Any = self.get_base_layer()
         before: Any = unmerged(site)
         with torch.no_grad(), as_value_error():
-            return self.slot[adapter].merged(before)["weight"] - dense(before).float()
+            return masters(self.slot[adapter]).merged(before)["weight"] - dense(before).float()
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         return False

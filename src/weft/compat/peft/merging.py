@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from weft.adapters.combine_factors import _thinned
+from weft.adapters.combine_factors import thinned
 
 
 def reshape_weight_task_tensors(task_tensors: Tensor, weights: Tensor) -> Tensor:
@@ -18,12 +18,12 @@ def reshape_weight_task_tensors(task_tensors: Tensor, weights: Tensor) -> Tensor
 
 def magnitude_based_pruning(tensor: Tensor, density: float) -> Tensor:
     """A tensor with only its largest entries: this share of them."""
-    return _thinned(tensor, density, at_random=False)
+    return thinned(tensor, density, at_random=False)
 
 
 def random_pruning(tensor: Tensor, density: float, rescale: bool) -> Tensor:
     """A tensor with each entry kept with this probability; `rescale` keeps the mean."""
-    kept = _thinned(tensor, density, at_random=True)
+    kept = thinned(tensor, density, at_random=True)
     return kept if rescale else kept * density
 
 

@@ -9,7 +9,7 @@ from typing import Any, cast, get_args
 import torch
 
 from weft.adapters.combine import How
-from weft.adapters.combine_factors import _layer as combined
+from weft.adapters.combine_factors import combined
 from weft.compat.peft.kinds import as_value_error
 from weft.compat.peft.layers import fronts
 from weft.compat.peft.wrappers import ModulesToSaveWrapper
