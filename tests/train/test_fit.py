@@ -25,6 +25,19 @@ def bytes_of(out) -> bytes:
     return (out / "adapter_model.safetensors").read_bytes()
 
 
+@pytest.mark.parametrize("progress", ["lines", "off"])
+def test_what_went_another_way_is_told_once(tmp_path, capsys, caplog, progress):
+    model = tiny_run.model()
+    model.model.norm.register_forward_hook(lambda module, inputs, y: y + torch.randn_like(y))  # no two passes agree
+    events = []
+    recipe = tiny_run.recipe(tmp_path, train__steps=1, train__progress=progress)
+    weft.fit(model, recipe, tokenizer=tiny_run.tokenizer(), on_event=events.append)
+    words = "the fast step does not agree"
+    shown, logged = capsys.readouterr().err.count(words), caplog.text.count(words)
+    assert (shown, logged) == ((1, 0) if progress == "lines" else (0, 1))
+    assert sum(words in e["text"] for e in events if e["event"] == "note") == 1
+
+
 def test_learns_saves_and_reports(tmp_path):
     model = tiny_run.model()
     before = {k: v.clone() for k, v in model.state_dict().items()}

@@ -70,8 +70,8 @@ def fit(
         resume: "auto": go on with the unfinished run of the same recipe that `output` holds, bit for bit as if it had never stopped;
             "never": such a run is an error.
         overwrite: replace whatever run `output` holds.
-        on_event: called with a dict whose "event" is "start", "at" (each step whose loss is known), "step" (each logged one), "eval",
-            "save" or "end".
+        on_event: called with a dict whose "event" is "note" (a "text", and "warning": True where something went another way than asked),
+            "start", "at" (each step whose loss is known), "step" (each logged one), "eval", "save" or "end".
 
     Raises:
         WeftError: the recipe, the data or the output folder cannot be used; a layer never takes part; the disk is full.

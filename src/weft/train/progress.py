@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+logger = logging.getLogger("weft")
+
 
 class Show:
-    """Turns a run's events into output. `how` is "auto", "bar", "lines" or "off"; `name` stands before each line of one of several runs."""
+    """Turns a run's events into output; warnings go to the log where nothing is shown. `how` is "auto", "bar", "lines" or "off"; `name` stands before each line of one of several runs."""
 
     def __init__(self, how: str, console: Console | None = None, name: str = "") -> None:
         self.console = console or Console(stderr=True, highlight=False, soft_wrap=True)
@@ -29,6 +32,8 @@ class Show:
 
     def __call__(self, event: dict[str, Any]) -> None:
         if self.how == "off":
+            if event.get("warning"):
+                logger.warning("%s%s", self.name, event["text"])
             return
         kind = event["event"]
         if kind == "note":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import signal
 import time
@@ -29,7 +28,6 @@ from weft.train.recipe import Recipe
 from weft.train.speed import Profile, Speed
 
 Event = dict[str, Any]
-logger = logging.getLogger("weft")
 
 
 class _Stop(Exception):
@@ -139,9 +137,8 @@ class Run:
             self.tell({"event": "note", "text": line})
 
     def warn(self, text: str) -> None:
-        """Something that the user should see, also where nothing else is shown."""
-        logger.warning(text)
-        self.tell({"event": "note", "text": text})
+        """Something that the user should see, also where nothing else is shown: `Show` sees to that."""
+        self.tell({"event": "note", "text": text, "warning": True})
 
     def penalty(self) -> Tensor | None:
         """What the method adds to the loss, or None."""
