@@ -110,9 +110,20 @@ def test_other_kinds_of_layer(tmp_path: Path) -> None:
     assert set(kept.layers) == {"first", "out"} and torch.allclose(base(x), tuned(x), atol=1e-4)
 
 
-def test_nothing_but_norms_changed() -> None:
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
+@pytest.mark.parametrize("key", ["model.norm", "model.embed_tokens"])
+def test_what_changed_beside_the_layers_alone(key: str, ids: Tensor, tmp_path: Path) -> None:
     base = llama()
     tuned: Any = copy.deepcopy(base)
-    tuned.model.norm.weight.data += 1
-    with pytest.raises(weft.WeftError, match=r"the same weights .* but model.norm.weight \(32 numbers\) changed by 1 of its norm"):
-        weft.extract(base, tuned, modules_to_save="changed")
+    tuned.get_submodule(key).weight.data += 1
+    with pytest.raises(weft.WeftError, match=r'same weights .* but \S+ \([\d,]+ numbers\) changed by .*: modules_to_save="changed" keeps it whole'):
+        weft.extract(base, tuned)
+    kept = weft.extract(base, tuned, modules_to_save="changed", output=tmp_path)
+    assert kept.energy == 1 and key in str(kept) and str(kept).endswith("kept whole")
+    want = out(tuned, ids)
+    assert torch.allclose(out(base, ids), want, atol=1e-5)
+    assert torch.allclose(out(weft.load(llama(), tmp_path), ids), want, atol=1e-5)
+    theirs = peft.PeftModel.from_pretrained(llama(), tmp_path).eval()
+    assert torch.allclose(out(theirs, ids), want, atol=1e-5)
+    theirs.save_pretrained(tmp_path / "theirs")
+    assert torch.allclose(out(weft.merge(weft.load(llama(), tmp_path / "theirs")), ids), want, atol=1e-5)

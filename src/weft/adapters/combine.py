@@ -67,6 +67,8 @@ class Kept:
 
     def __str__(self) -> str:
         ranks = [x.rank for x in self.layers.values()]
+        if not ranks:
+            return "\n  ".join(["no layer by low rank", *self.notes])
         span = f"rank {ranks[0]}" if min(ranks) == max(ranks) else f"ranks {min(ranks)} to {max(ranks)}"
         lines = [f"{self.energy:.2%} of ‖ΔW‖² kept on {len(ranks)} layers, {span} (relative error {self.error:.2g})"]
         worst = sorted(self.layers.items(), key=lambda item: item[1].kept)[:3]

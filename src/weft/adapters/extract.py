@@ -96,13 +96,13 @@ def extract(
                 made[path] = Factors(factors.B.to(home), factors.A.to(home))
             else:
                 left[full] = _Left(path, key, change.numel(), float(change.norm() / old.to(place, torch.float32).norm().clamp_min(1e-30)))
-    if not made:
-        rest = f"; but {_told(left, 'no LoRA holds that')[0]}" if left else ""
-        raise WeftError(f"{after.what} has the same weights as {before.what} in all {len(layers)} layers that were looked at{rest}")
     biases = {full: one for full, one in left.items() if every and one.key == "bias" and one.path in made}
     named = {id(p) for m in wanted.values() for p in m._parameters.values()}  # whichever of its modules names a tied parameter
     found = dict(modules(frame))
     saved = {f: one for f, one in left.items() if f not in biases and (every or id(found[one.path]._parameters[one.key]) in named)}
+    if not made and not saved:
+        rest = f"; but {_told(left, 'no LoRA holds that')[0]}: modules_to_save=\"changed\" keeps it whole" if left else ""
+        raise WeftError(f"{after.what} has the same weights as {before.what} in all {len(layers)} layers that were looked at{rest}")
     built = _built(frame, made, biases, saved, before, after)
     if output is not None:
         write(frame, built, output)
@@ -156,10 +156,10 @@ def _built(
         own = everything[path]._parameters.get("bias")
         if own is not None and own.is_meta:  # a skeleton's: LoRA's bias is the base's and the change
             everything[path]._parameters["bias"] = nn.Parameter(before.get(f"{path}.bias").float())
-    built = plain_lora(frame, made, spread, "lora_only" if spread else "none")
+    built = plain_lora(frame, made, spread, "lora_only" if spread else "none") if made else {}
     if not modules_to_save:
         return built
-    method = replace(cast(LoRA, next(iter(built.values())).method), modules_to_save=roots)
+    method = replace(cast(LoRA, next(iter(built.values())).method) if built else LoRA(targets=()), modules_to_save=roots)
     copies: dict[int, nn.Parameter] = {}
     for path, module in modules_to_save.items():
         names = [key for key, p in module._parameters.items() if p is not None]

@@ -29,16 +29,23 @@ def run(args: argparse.Namespace) -> int:
     check_device(args.device)
     with step("loading libraries", tell=False):
         import weft
+        from weft.core import WeftError
     targets = "all-linear" if args.targets is None else tuple(args.targets)
     saved = args.modules_to_save or ()
     with step(f"comparing {args.tuned} with {args.model}"):
-        kept = weft.extract(
-            args.model, args.tuned, args.rank, energy=args.energy, output=target, targets=targets, device=args.device,
-            modules_to_save="changed" if saved == ["changed"] else tuple(saved),
-        )  # fmt: skip
-    told = str(kept).replace('modules_to_save="changed"', "--modules-to-save changed")
-    out().print(f"{told}\nwritten to {target}", markup=False)
+        try:
+            kept = weft.extract(
+                args.model, args.tuned, args.rank, energy=args.energy, output=target, targets=targets, device=args.device,
+                modules_to_save="changed" if saved == ["changed"] else tuple(saved),
+            )  # fmt: skip
+        except WeftError as e:
+            raise WeftError(_as_flags(str(e))) from None
+    out().print(f"{_as_flags(str(kept))}\nwritten to {target}", markup=False)
     return 0
+
+
+def _as_flags(text: str) -> str:
+    return text.replace('modules_to_save="changed"', "--modules-to-save changed")
 
 
 def check_adapter_target(target: Path, overwrite: bool) -> None:

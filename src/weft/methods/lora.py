@@ -138,7 +138,7 @@ class LoRA(WithTokens, Method):
         return on_parameters(self, modules) | super().beyond(modules)
 
     def elsewhere(self) -> bool:
-        return bool(self.target_parameters) and not several(self.targets)
+        return bool(self.target_parameters or self.modules_to_save) and not several(self.targets)
 
     def lr_scale(self, parameter: str) -> float:
         return self.lr_ratio if parameter.rpartition(".")[2].rstrip("0123456789") == "B" else 1.0

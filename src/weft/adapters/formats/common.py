@@ -8,6 +8,7 @@ from typing import Any
 from weft.adapters.formats.base import Field
 from weft.core import WeftError
 
+NOWHERE = "dummy-target-modules"  # what peft has for target_modules where only modules_to_save are meant
 START = Field(why="about how training began: nothing that a trained adapter computes")
 LAYERS: dict[str, Field] = {name: Field(name) for name in ("layers_to_transform", "layers_pattern")}
 OFTEN: dict[str, Field] = {
@@ -18,6 +19,8 @@ OFTEN: dict[str, Field] = {
 
 def names(given: Any) -> str | tuple[str, ...]:
     """peft's list of names, regular expression, or "all-linear", as weft writes them."""
+    if given == NOWHERE:
+        return ()
     if isinstance(given, str):
         return given if given == "all-linear" else f"re:{given}"
     return tuple(sorted(given or ()))

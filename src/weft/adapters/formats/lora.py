@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from weft.adapters.formats.base import COMMON, Field, Format, checked, short_names, whole
-from weft.adapters.formats.common import LAYERS, targets
+from weft.adapters.formats.common import LAYERS, NOWHERE, targets
 from weft.adapters.formats.trainable_tokens import TOKENS, beside, tokens
 from weft.core import Adapter, Method, WeftError, several
 from weft.methods import ALoRA, DoRA, LoRA
@@ -80,7 +80,7 @@ def _write_lora(method: LoRA, model: nn.Module, adapters: Mapping[str, Adapter])
     return own | {
         "r": method.rank, "lora_alpha": whole(method.alpha), "lora_dropout": method.dropout, "use_rslora": method.rslora,
         "use_dora": isinstance(method, DoRA), "bias": method.bias, "lora_bias": method.lora_bias,
-        "init_lora_weights": method.init == "kaiming" or method.init, "target_modules": short_names(model, low_rank),
+        "init_lora_weights": method.init == "kaiming" or method.init, "target_modules": short_names(model, low_rank) if low_rank or fused else NOWHERE,
         "target_parameters": list(several(method.target_parameters)) or None, **beside(method, adapters),
         "exclude_modules": None, "layers_to_transform": None, "layers_pattern": None, "rank_pattern": ranks, "alpha_pattern": alphas,
         "fan_in_fan_out": any(type(model.get_submodule(p)).__name__.endswith("Conv1D") for p in low_rank),
