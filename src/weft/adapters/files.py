@@ -21,7 +21,7 @@ from weft.adapters.card import card
 from weft.adapters.formats import OWN, PREFIX, Format, format_for, format_of, key, unknown
 from weft.adapters.formats.notes import encoded, with_notes
 from weft.adapters.formats.per_expert import fusing
-from weft.adapters.targets import whole
+from weft.adapters.targets import whole, with_tied
 from weft.core import Adapter, Replaced, WeftError, base_class, behind, is_sharded, modules, several
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -119,10 +119,12 @@ def load(model: Model, folder: str | os.PathLike[str], name: str = "default") ->
         format = format_for(config)
         with _opened(path) as file:
             method = with_notes(format.told(format.read(config), file.keys()), file.metadata(), format.noted)
-            older = fusing(file, method, model)
+            older, held = fusing(file, method, model), set(file.keys())
         method = method if older is None else older.method
         if given := config.get("modules_to_save"):
             method = replace(method, modules_to_save=tuple(dict.fromkeys(given)))
+        if config.get("ensure_weight_tying"):
+            method = with_tied(model, method, lambda p: any(k.startswith(f"{PREFIX}{p}.") and "base_layer" not in k for k in held))
         with torch.device("meta"):
             built = build(model, method, strict=False)
     except WeftError as e:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from difflib import get_close_matches
 
@@ -72,6 +72,25 @@ def whole(model: nn.Module, method: Method, strict: bool = True) -> dict[str, nn
         path: m for path, m in everything.items()
         if any(p is not None for p in m._parameters.values()) and any(path == r or path.startswith(f"{r}.") for r in roots)
     }  # fmt: skip
+
+
+def with_tied(model: nn.Module, method: Method, there: Callable[[str], bool]) -> Method:
+    """A method that does to the layers which share an embedding's weight what it does to the embedding: peft's `ensure_weight_tying`.
+
+    there: Whether a file has something for the layer at a path; peft looks for embeddings by their name, and does not know all of them.
+    """
+    everything = dict(modules(model))
+    targeted, kept = find(model, method, strict=False), whole(model, method, strict=False)
+
+    def beside(chosen: Mapping[str, nn.Module]) -> tuple[str, ...]:
+        weights = {id(m.weight) for m in chosen.values() if isinstance(m, nn.Embedding)}
+        return tuple(p for p, m in everything.items() if id(m._parameters.get("weight")) in weights and p not in chosen and there(p))
+
+    return replace(
+        method,
+        targets=(*several(method.targets), *beside(targeted)),
+        modules_to_save=(*several(method.modules_to_save), *beside(kept)),
+    )
 
 
 def listing(found: Mapping[str, nn.Module], most: int = 20) -> str:

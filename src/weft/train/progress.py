@@ -13,7 +13,10 @@ logger = logging.getLogger("weft")
 
 
 class Show:
-    """Turns a run's events into output; warnings go to the log where nothing is shown. `how` is "auto", "bar", "lines" or "off"; `name` stands before each line of one of several runs."""
+    """Turns a run's events into output. `how` is "auto", "bar", "lines" or "off"; `name` stands before each line of one of several runs.
+
+    With "off" nothing is shown, and warnings go to the log.
+    """
 
     def __init__(self, how: str, console: Console | None = None, name: str = "") -> None:
         self.console = console or Console(stderr=True, highlight=False, soft_wrap=True)

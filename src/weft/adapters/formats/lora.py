@@ -61,7 +61,7 @@ FIELDS: dict[str, Field] = COMMON | LAYERS | TOKENS | {
     "monteclora_config": Field(why=_ELSE, refused=True),
     "kasa_config": Field(why=_ELSE, refused=True),
     "velora_config": Field(why=_ELSE, refused=True),
-    "ensure_weight_tying": Field(why="tensors that the model ties are tied here, and stored as the file says"),
+    "ensure_weight_tying": Field(why="layers that share an embedding's weight get what the file has for them; copies kept whole stay tied"),
     "loftq_config": Field(why=_START),
     "eva_config": Field(why=_START),
     "corda_config": Field(why=_START),
@@ -80,7 +80,8 @@ def _write_lora(method: LoRA, model: nn.Module, adapters: Mapping[str, Adapter])
     return own | {
         "r": method.rank, "lora_alpha": whole(method.alpha), "lora_dropout": method.dropout, "use_rslora": method.rslora,
         "use_dora": isinstance(method, DoRA), "bias": method.bias, "lora_bias": method.lora_bias,
-        "init_lora_weights": method.init == "kaiming" or method.init, "target_modules": short_names(model, low_rank) if low_rank or fused else NOWHERE,
+        "init_lora_weights": method.init == "kaiming" or method.init,
+        "target_modules": short_names(model, low_rank) if low_rank or fused else NOWHERE,
         "target_parameters": list(several(method.target_parameters)) or None, **beside(method, adapters),
         "exclude_modules": None, "layers_to_transform": None, "layers_pattern": None, "rank_pattern": ranks, "alpha_pattern": alphas,
         "fan_in_fan_out": any(type(model.get_submodule(p)).__name__.endswith("Conv1D") for p in low_rank),
