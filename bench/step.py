@@ -62,19 +62,21 @@ def data(kind: str, tokenizer: Any) -> tuple[Any, Any]:
 def weft_step(batch: Any, device: str) -> Any:
     import weft
     from weft.models import attention
-    from weft.step import loss_sum
+    from weft.step import prepare
     from weft.train.flat import AdamW, Flat
 
     torch.manual_seed(0)
     model = weft.load_base("embedded", base="fp32", device=device)
     attention.use(model)
     weft.adapt(model, weft.LoRA(rank=RANK, alpha=16)).train()
-    flat = Flat(weft.adapters.trainable(model, "default"), scale=lambda name: 1.0)
+    parameters = weft.adapters.trainable(model, "default")
+    flat = Flat(parameters, scale=lambda name: 1.0)
     optimiser = AdamW(flat, (0.9, 0.999), 1e-8, 0.0)
     batch = batch.to(device)
+    fast = prepare(model, batch, parameters, varying=False)
 
     def step() -> float:
-        loss = loss_sum(model, batch) / batch.n_targets
+        loss = fast.loss(batch) / batch.n_targets
         loss.backward()
         flat.clip(1.0)
         optimiser.step(LR)

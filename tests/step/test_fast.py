@@ -152,6 +152,24 @@ def test_a_filled_batch_is_of_one_shape_and_loss():
     assert len({s[0] for s in shapes}) == 1 and len(shapes) <= 2
 
 
+@pytest.mark.parametrize("method", ["LoRA", "ALoRA", "PrefixTuning", "PromptTuning", "PTuning"])
+def test_filling_a_batch_changes_no_gradient(method):
+    model = build("Llama", {}).requires_grad_(False)
+    assert attention.use(model)
+    extra = {"rank": 2, "invocation_tokens": (5,)} if method == "ALoRA" else {"rank": 2} if method == "LoRA" else {"tokens": 3}
+    weft.adapt(model, getattr(weft, method)(**extra)).train()
+    parameters = list(weft.adapters.trainable(model, "default").values())
+    with torch.no_grad():
+        for p in parameters:
+            p.add_(0.1 * torch.randn_like(p))
+    batch = pack(rows([9, 4, 7]))
+    full = filled(batch, 40, 9)
+    assert full.lengths == (9, 4, 7, 9, 9, 2, 0, 0)
+    want, got = (torch.autograd.grad(loss_sum(model, b), parameters, allow_unused=True) for b in (batch, full))
+    for a, b in zip(got, want, strict=True):
+        assert (a is None) == (b is None) and (a is None or (a - b).norm() <= 1e-5 * b.norm())
+
+
 @pytest.mark.parametrize("spoilt", [False, True])
 def test_products_in_fp8(monkeypatch, spoilt):
     """By their twin here. A layer whose products come out too far off is named and decodes."""

@@ -80,7 +80,8 @@ def packing(call: dict[str, Any], ids: Tensor, past: Any) -> Tensor | None:
     """(1, T) bool, where the rows of a packed call begin: by its keywords, or by positions that begin anew; None if it is not packed."""
     cu, positions, mask = call.get("cu_seq_lens_q"), call.get("position_ids"), call.get("attention_mask")
     if cu is not None:
-        return torch.zeros_like(ids, dtype=torch.bool).index_fill(1, cu[:-1].long(), True)
+        starts = ids.new_zeros(ids.shape[0], ids.shape[1] + 1, dtype=torch.bool)  # empty rows at the end of a filled batch start behind it
+        return starts.index_fill(1, cu[:-1].long(), True)[:, :-1]
     padded = isinstance(mask, Tensor) and mask.dim() == 2
     if positions is None or positions.dim() != 2 or ids.shape[0] > 1 or padded or length(past):
         return None
