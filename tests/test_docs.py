@@ -85,6 +85,27 @@ def test_links_lead_somewhere(name: str) -> None:
             assert heading in {re.sub(r"[^\w\- ]", "", t.lower()).replace(" ", "-") for t in titles}, f"{name}: {target}"
 
 
+@pytest.mark.parametrize("name", ALL)
+def test_headings_tables_and_code_stand_in_paragraphs_of_their_own(name: str) -> None:
+    """Where the empty line is missing a renderer runs them into the text before."""
+    text = FENCE.sub("```", (ROOT / name).read_text(encoding="utf-8"))
+    lines = ["", *text.splitlines(), ""]
+    for i, line in enumerate(lines[1:-1], 1):
+        if line.startswith("#"):
+            assert not lines[i - 1] and not lines[i + 1], f"{name}: {line}"
+        if line == "```":
+            assert not lines[i - 1] or lines[i - 1].endswith((":", "-->")), f"{name}: code after {lines[i - 1]!r}"
+        if line.startswith("|") and not lines[i - 1].startswith("|"):
+            assert not lines[i - 1] or lines[i - 1].startswith("<!--"), f"{name}: {line}"
+            assert re.fullmatch(r"[|:\- ]+", lines[i + 1]), f"{name}: a table without a head: {line}"
+
+
+def test_every_method_has_a_place_in_the_guides() -> None:
+    guides = "".join((ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8") for page in ("lora", "methods"))
+    for name in (name for name, cls in METHODS.items() if cls.__module__.startswith("weft.") and name != "Full"):
+        assert f"weft.{name}" in guides, f"no page says what {name} does"
+
+
 def test_every_decision_is_in_the_index() -> None:
     folder = ROOT / "docs" / "decisions"
     index = (folder / "README.md").read_text(encoding="utf-8")
