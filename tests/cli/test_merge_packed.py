@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -151,3 +152,26 @@ def test_an_adapter_that_makes_weights_no_numbers(world: World, run: Run, tmp_pa
     ran = run("merge", "--model", world.base, "--adapter", tmp_path / "bad", "--into", "nf4", "-o", tmp_path / "out")
     assert ran.code == 2 and "model.layers.1.mlp.up_proj.weight holds" in ran.err and "NaN or infinite" in ran.err
     assert snapshot(tmp_path) == before
+
+
+def test_an_adapter_that_began_as_what_packing_lost(world: World, run: Run, tmp_path: Path) -> None:
+    """It belongs to the packed base: every command takes that one, and merging does not add to the source what the source has."""
+    adapter, words = tmp_path / "adapter", ["--device", "cpu"]
+    train = ["--train.device", "cpu", "--train.steps", 1, "--train.lr", "1e-9", "--method.rank", 4, "--output", adapter]
+    ran = run("train", "--model", world.base, "--data.train", world.rows, "--base", "nf4", "--method.init", "loftq", *train)
+    assert ran.code == 0, ran.err
+    told = {}
+    for base in ("auto", "nf4", "fp32"):
+        ran = run("eval", "--adapter", adapter, "--data", world.rows, "--base", base, "--json", *words)
+        assert ran.code == 0 and ("the base is packed in nf4" in ran.err) == (base == "auto"), ran.err
+        told[base] = [figure["loss"] for figure in json.loads(ran.out)["figures"]]
+    assert told["auto"] == told["nf4"] != told["fp32"]
+
+    ran = run("merge", "--adapter", adapter, "-o", tmp_path / "merged", "--dtype", "fp32", *words)
+    assert ran.code == 0, ran.err
+    wanted = logits(world.base, "nf4", adapter)
+    assert (logits(tmp_path / "merged", "fp32") - wanted).norm() < 0.02 * wanted.norm()
+    ran = run("merge", "--adapter", adapter, "-o", tmp_path / "twice", "--onto", "source", *words)
+    assert ran.code == 2 and "would be there twice" in ran.err and not (tmp_path / "twice").exists()
+    ran = run("merge", "--adapter", adapter, "-o", tmp_path / "twice", "--into", "nf4", *words)
+    assert ran.code == 2 and "--onto source" not in ran.err and "--rounding stochastic" in ran.err

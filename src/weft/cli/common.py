@@ -76,7 +76,8 @@ def model_arguments(parser: argparse.ArgumentParser, many: bool = True) -> None:
         group.add_argument("--adapter", metavar="DIR", required=True, help="the adapter's folder")
     group.add_argument("--base", metavar="B", default="auto",
                        help="how the base is stored: fp32, bf16, fp16, nf4, fp4, int8, fp8, or with options nf4:block=128,nested=false; "
-                       "auto: as the file is if that is quantised, else bf16 on an accelerator, fp32 on a CPU (default: auto)")  # fmt: skip
+                       "auto: as the file is if that is quantised, else as the adapter was trained if that was packed, else bf16 on an "
+                       "accelerator, fp32 on a CPU (default: auto)")  # fmt: skip
     group.add_argument("--device", default=None, metavar="D", help="cpu, cuda, cuda:1; left out: cuda if there is one")
 
 
@@ -108,6 +109,8 @@ def base_of(model: str | None, adapters: Sequence[Given]) -> str:
     for given in adapters:
         if named := _trained_on(given.folder):
             return named
+    if adapters and not adapters[0].folder.is_dir():
+        raise UsageError(f"{adapters[0].folder} holds no adapter: there is no such folder")
     if adapters:
         raise UsageError(f"{adapters[0].folder} does not say which base it belongs to: give it by --model")
     return "embedded"
@@ -137,6 +140,28 @@ def settings_of(folder: Path) -> dict[str, Any]:
     return recipe if isinstance(recipe, dict) else {}
 
 
+def packed_file(model: str) -> bool:
+    """Whether the model's own file is packed, so that there are no 16-bit weights in it."""
+    from weft.models import resolve
+
+    try:
+        return "quantization_config" in json.loads((Path(resolve(model)) / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False  # loading it will tell what is wrong with it
+
+
+def _as_trained(model: str, adapters: Sequence[Given]) -> str:
+    """The packed format that the first adapter's recipe gave its base; "auto" where it gave none, or where the model's file is packed."""
+    from weft.models import parse_base
+    from weft.quant import FORMATS
+
+    named = str(settings_of(adapters[0].folder).get("base", "auto")) if adapters else "auto"
+    if parse_base(named)[0] not in FORMATS or packed_file(model):
+        return "auto"
+    say(f"the base is packed in {named}, as {adapters[0].name} was trained; --base says otherwise")
+    return named
+
+
 def load(model: str, adapters: Sequence[Given], base: str = "auto", device: str | None = None) -> tuple[Any, Any]:
     """(model with all adapters attached and the first one working, tokenizer). A missing adapter is told before a large base is loaded."""
     with step("loading libraries", tell=False):
@@ -146,6 +171,7 @@ def load(model: str, adapters: Sequence[Given], base: str = "auto", device: str 
     for given in adapters:
         weft.adapters.read_config(given.folder)
         weights_file(given.folder)
+    base = _as_trained(model, adapters) if base == "auto" else base
     here = model == "embedded" or Path(model).expanduser().is_dir()  # a hub id may download, which shows its own progress
     with step(f"loading {model}", spin=here), no_bars() if here else nullcontext():
         loaded = load_base(model, base, check_device(device))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -12,7 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from weft.cli.common import Given, base_of, check_device, load, model_arguments, no_bars, out, room, say, settings_of, step
+from weft.cli.common import (Given, base_of, check_device, load, model_arguments, no_bars, out, packed_file, room, say, settings_of,
+                             step)  # fmt: skip
 from weft.cli.main import UsageError
 
 PROBE = (
@@ -26,9 +26,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", "--output", metavar="OUT", required=True, help="folder for the merged model")
     parser.add_argument("--dtype", choices=("auto", "fp32", "bf16", "fp16"), default="auto",
                         help="number format of what is written; auto: the one the base is stored in (default: auto)")  # fmt: skip
-    parser.add_argument("--onto", choices=("source", "trained"), default="source",
+    parser.add_argument("--onto", choices=("source", "trained"), default=None,
                         help="for an adapter of a 4- or 8-bit base. source: fold it into the 16-bit model that the base was packed from; "
-                        "trained: into the numbers that it was trained on (default: source)")  # fmt: skip
+                        "trained: into the numbers that it was trained on (default: source, and trained for init: loftq)")  # fmt: skip
     parser.add_argument("--into", metavar="B", default=None,
                         help="write it packed: nf4, fp4, int8, fp8, with options as for --base (left out: 16 or 32 bits)")  # fmt: skip
     parser.add_argument("--rounding", choices=("nearest", "stochastic"), default=None,
@@ -55,7 +55,9 @@ def run(args: argparse.Namespace) -> int:
 
     trained = _trained_in(base, adapter.folder, args.base)
     into = _packing(args)
-    _check_formats(base, trained, into, args)
+    lossy = _began_with_the_loss(adapter.folder)
+    args.onto = args.onto or ("trained" if trained and lossy else "source")
+    _check_formats(base, trained, into, args, lossy)
     working, wanted = _formats(base, args, trained)
     model, tokenizer = load(base, [adapter], trained if trained and args.onto == "trained" else working, args.device)
     for layer in model.modules():
@@ -112,17 +114,13 @@ def _trained_in(base: str, folder: Path, given: str) -> str | None:
     for text in (given, str(settings_of(folder).get("base", "auto"))):
         if parse_base(text)[0] in FORMATS:
             return text
-    return "auto" if _packed_file(base) else None
+    return "auto" if packed_file(base) else None
 
 
-def _packed_file(base: str) -> bool:
-    """Whether the base's own file is packed, so that there is no 16-bit source in it."""
-    from weft.models import resolve
-
-    try:
-        return "quantization_config" in json.loads((Path(resolve(base)) / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False  # loading it will tell what is wrong with it
+def _began_with_the_loss(folder: Path) -> bool:
+    """Whether the adapter's recipe let it begin as what packing lost (LoftQ): the 16-bit source has that already."""
+    method = settings_of(folder).get("method")
+    return isinstance(method, dict) and method.get("init") == "loftq"
 
 
 def _packing(args: argparse.Namespace) -> tuple[str, dict[str, Any]] | None:
@@ -147,10 +145,15 @@ def _packing(args: argparse.Namespace) -> tuple[str, dict[str, Any]] | None:
     return kind, options
 
 
-def _check_formats(base: str, trained: str | None, into: tuple[str, Any] | None, args: argparse.Namespace) -> None:
+def _check_formats(base: str, trained: str | None, into: tuple[str, Any] | None, args: argparse.Namespace, lossy: bool) -> None:
     if args.onto == "trained" and trained is None:
         raise UsageError("--onto trained: this adapter was trained on a plain base; leave it out, or name the packed one by --base nf4")
-    if args.onto == "source" and _packed_file(base):
+    if args.onto == "source" and trained and lossy:
+        raise UsageError(
+            "--onto source: this adapter began as what packing lost (init: loftq), which the 16-bit model has already, so that it would be "
+            "there twice: merge it into the packed base that it was made for by --onto trained"
+        )
+    if args.onto == "source" and packed_file(base):
         raise UsageError(
             f"{base} is packed, so the 16-bit weights that it was made from are not in it: give them by --model, or merge into the numbers "
             "that the adapter was trained on by --onto trained"
@@ -158,8 +161,8 @@ def _check_formats(base: str, trained: str | None, into: tuple[str, Any] | None,
     if into is not None and args.onto == "trained" and into[1]["rounding"] == "nearest":
         raise UsageError(
             "--into with --onto trained would unpack, add and pack again, and rounding takes nearly all of a usual adapter away (it keeps "
-            "1.5% of one of 1% of the weights' size). Merge into the 16-bit source (--onto source), write 16 bits (without --into), or "
-            "round by chance (--rounding stochastic), which keeps the adapter in the mean"
+            f"1.5% of one of 1% of the weights' size). {'W' if lossy else 'Merge into the 16-bit source (--onto source), w'}rite 16 bits "
+            "(without --into), or round by chance (--rounding stochastic), which keeps the adapter in the mean"
         )
 
 
