@@ -11,8 +11,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from weft.cli.common import (Given, base_of, check_device, load, model_arguments, no_bars, out, packed_file, room, say, settings_of,
-                             step)  # fmt: skip
+from weft.cli.common import (
+    Given,
+    base_of,
+    check_device,
+    load,
+    model_arguments,
+    no_bars,
+    out,
+    packed_file,
+    room,
+    say,
+    settings_of,
+    step,
+)
 from weft.cli.main import UsageError
 
 PROBE = (
