@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
 
 import weft
 from tests.conftest import llama
 from weft.adapters import attached, trainable
+from weft.adapters.attach import build
 from weft.kernels.hadamard import hadamard, hadamard_matrix, hadamard_reference
 from weft.methods.subspace import fastfood, fastfood_reference
 
@@ -60,6 +65,65 @@ def test_the_file_holds_the_numbers_and_nothing_of_p(tmp_path: Path) -> None:
         weft.save(weft.adapt(llama(), method), tmp_path / str(aware))
         sizes = [t.numel() for t in load_file(tmp_path / str(aware) / "adapter_model.safetensors").values()]
         assert sum(sizes) == 30 and len(sizes) == (15 if aware else 1)
+
+
+@pytest.mark.parametrize("dense_below", [0, 10**9])
+def test_what_is_kept_in_evaluation_follows_every_change(dense_below: int, ids: Tensor, tmp_path: Path) -> None:
+    def out(of: Any) -> Tensor:
+        with torch.no_grad():
+            return of(ids).logits  # type: ignore[no-any-return]
+
+    def fresh(of: Any) -> Tensor:
+        return out(copy.deepcopy(of))  # which keeps nothing
+
+    model = weft.adapt(llama(), weft.Subspace(dimension=24, structure_aware=True, dense_below=dense_below))
+    parts: list[Any] = list(attached(model, "default").values())
+    theta = parts[0].theta
+    seen = [out(model)]
+    assert torch.equal(out(model), seen[0]) and all(a.kept["update"] is not None for a in parts), "one call keeps what the next one takes"
+    kept = [a.kept["update"] for a in parts]
+    out(model)
+    assert all(a.kept["update"] is k for a, k in zip(parts, kept, strict=True))
+
+    def changed() -> None:
+        seen.append(out(model))
+        assert torch.equal(seen[-1], fresh(model)) and not torch.equal(seen[-1], seen[-2])
+
+    with torch.no_grad():
+        theta.add_(1)
+    changed()
+    with torch.no_grad():
+        parts[3].scale.mul_(3)
+    changed()
+    theta.data = theta.data + 1
+    changed()
+    theta.data = theta.data + 1  # where the first one lay, perhaps
+    changed()
+    optimiser = torch.optim.SGD(trainable(model, "default").values(), lr=0.1)
+    model(ids).logits.square().sum().backward()
+    assert all(a.kept["update"] is None for a in parts), "training lets go of it"
+    optimiser.step()
+    changed()
+    assert all("update" not in b.kept and "P" not in b.kept for b in copy.deepcopy(parts))
+    assert all("update" not in b.kept and "P" not in b.kept for b in pickle.loads(pickle.dumps(parts)))
+    assert not any("kept" in key or key.endswith(".P") for key in model.state_dict()) and not list(parts[0].buffers())
+    weft.save(model, tmp_path)
+    assert torch.equal(out(weft.load(llama(), tmp_path)), seen[-1])
+    with torch.inference_mode():
+        assert torch.equal(model(ids).logits, seen[-1])
+    model.double()
+    assert all(a.kept["update"].dtype == torch.float64 for a in parts if out(model) is not None)
+    model.to(torch.bfloat16)
+    changed()
+
+
+def test_under_the_meta_device_no_p_is_made(tmp_path: Path) -> None:
+    with torch.device("meta"):
+        parts = build(llama(), weft.Subspace(dimension=24))
+    assert parts and not any(a.kept for a in parts.values())  # type: ignore[attr-defined]
+    weft.save(weft.adapt(llama(), weft.Subspace(dimension=24)), tmp_path)
+    loaded = attached(weft.load(llama(), tmp_path), "default").values()
+    assert all("P" in a.kept for a in loaded), "so that a compiled forward finds it"  # type: ignore[attr-defined]
 
 
 def test_what_is_refused() -> None:

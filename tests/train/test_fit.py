@@ -11,6 +11,8 @@ import torch
 import weft
 from weft.core import WeftError
 from weft.train import load_recipe, mean_loss
+from weft.train.evaluate import exact_match
+from weft.train.fit import _Data
 
 
 @pytest.fixture(autouse=True)
@@ -36,6 +38,19 @@ def test_what_went_another_way_is_told_once(tmp_path, capsys, caplog, progress):
     shown, logged = capsys.readouterr().err.count(words), caplog.text.count(words)
     assert (shown, logged) == ((1, 0) if progress == "lines" else (0, 1))
     assert sum(words in e["text"] for e in events if e["event"] == "note") == 1
+
+
+def test_the_best_adapter_answers_as_it_is_saved(tmp_path):
+    """DoRA keeps its factors in evaluation: those of the last step must not answer for the best one."""
+    model = tiny_run.model()
+    settings = dict(train__lr=0.02, train__steps=300, train__patience=2, train__eval_every=2, eval__max_new_tokens=8)
+    recipe = tiny_run.recipe(tmp_path, method="DoRA", method__rank=4, eval__exact_match=True, **settings)
+    result = weft.fit(model, recipe, tokenizer=tiny_run.tokenizer())
+    assert result.best_step < result.steps and len({answer for *_, answer in result.answers}) > 1
+    data, other = _Data(model, recipe, tiny_run.tokenizer()), weft.load(tiny_run.model(), tmp_path / "out")
+    e = recipe.eval
+    again = exact_match(other, tiny_run.tokenizer(), data.held, e.max_new_tokens, e.batch, lambda: None, recipe.data)
+    assert again.answers == result.answers
 
 
 def test_learns_saves_and_reports(tmp_path):

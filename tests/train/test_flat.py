@@ -5,8 +5,11 @@ from __future__ import annotations
 import copy
 
 import torch
+from tests.conftest import llama
 from torch import nn
 
+import weft
+from weft.adapters import trainable
 from weft.train.flat import AdamW, Flat
 
 
@@ -72,3 +75,15 @@ def test_state_is_exact():
     again.load_state(state)
     step(other, again)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+
+
+def test_writing_to_the_buffer_counts_as_writing_to_the_parameters():
+    model = weft.adapt(llama(), weft.DoRA(rank=2))
+    flat = Flat(trainable(model, "default"), lambda _: 1.0)
+    ids = torch.arange(3, 12)[None]
+    with torch.no_grad():
+        before = model(ids).logits
+        flat.data.add_(0.05)
+        flat.touched()
+        after = model(ids).logits
+        assert torch.equal(after, copy.deepcopy(model)(ids).logits) and not torch.allclose(after, before, atol=1e-3)

@@ -78,6 +78,7 @@ def attach(model: nn.Module, built: dict[str, Adapter], name: str) -> None:
         site, place = open_site(module, path), device_of(module)
         if place.type != "cpu":
             adapter.to(place)
+        adapter.ready()
         slot_of(site)[name] = adapter if module.training else adapter.eval()
     use(model, name)
 

@@ -32,6 +32,9 @@ class Adapter(nn.Module):
         """What the layer now computes; `layer.frozen(*inputs)` is what it computed before."""
         raise NotImplementedError(f"{type(self).__name__} has no forward")
 
+    def ready(self) -> None:
+        """Called when the parameters are in their place, for what is derived from them: new ones, loaded ones."""
+
     def merged(self, layer: Site | Around) -> dict[str, Tensor]:
         """The parameters, in fp32 and in the layer's own layout, of the one plain layer that computes what layer and adapter do together.
 

@@ -8,6 +8,11 @@ from torch import Tensor
 _CHUNK = 64  # a product with a dense 64 × 64 matrix beats six passes of sums and differences
 
 
+def power_of_two(n: int) -> int:
+    """The least power of two that is not below n."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
 def hadamard_matrix(n: int, like: Tensor) -> Tensor:
     """H (n, n), n a power of two, with entries ±1, in the dtype and on the device of `like`."""
     H = like.new_ones(1, 1)

@@ -19,17 +19,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from weft.core import Adapter, Around, Site, WeftError, features, is_conv, is_conv1d, plain, unmerged
+from weft.methods.kept import Kept, written
 from weft.methods.lora import LoRA
 from weft.methods.lora_layers import LowRankConv, LowRankEmbedding
 from weft.methods.lora_linear import Factors, LowRank
 from weft.quant import dense
-
-
-class Kept(dict[str, Any]):
-    """What is worth keeping from one call to the next. A copied or pickled adapter starts with nothing."""
-
-    def __reduce__(self) -> Any:
-        return Kept, ()
 
 
 class Decomposed(Factors):
@@ -116,7 +110,7 @@ def rows_of(t: Tensor, c: Tensor) -> Tensor:
 
 
 def _state(module: nn.Module) -> tuple[tuple[int, int], ...]:
-    return tuple((t.data_ptr(), t._version) for t in (*module._parameters.values(), *module._buffers.values()) if t is not None)
+    return written((*module._parameters.values(), *module._buffers.values()))
 
 
 class DecomposedLinear(Decomposed, LowRank):

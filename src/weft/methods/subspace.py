@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from weft.core import Adapter, Method, Site, WeftError, is_conv, is_linear
-from weft.kernels.hadamard import hadamard
+from weft.kernels.hadamard import hadamard, power_of_two
+from weft.methods.kept import Kept, written
 from weft.methods.updates import Update, shape_of
 
 
@@ -57,43 +58,56 @@ def fastfood(theta: Tensor, signs: Tensor, order: Tensor, gauss: Tensor, rows: i
 
 
 class Projected(Update):
-    """ΔW of one layer: its rows of P θ_d. P is in buffers that move with the adapter and are in no file."""
-
-    P: Tensor | None
-    signs: Tensor
-    order: Tensor
-    gauss: Tensor
+    """ΔW of one layer: its rows of P θ_d. P is where θ_d is and in no file; a copy, and what is loaded, makes it anew."""
 
     def __init__(self, layer: Site, theta: nn.Parameter, seed: int, total: int, fast: bool, scaled: bool) -> None:
         super().__init__()
-        rows, g = prod(shape_of(layer)), torch.Generator("cpu").manual_seed(seed)
+        self.shape, self.seed, self.total, self.fast = shape_of(layer), seed, total, fast
         self.theta = theta
         self.scale = nn.Parameter(torch.ones(1)) if scaled else None
-        made: dict[str, Tensor | None] = {"P": None, "signs": None, "order": None, "gauss": None}
-        with torch.device("cpu"):  # under torch.device("meta") too: what is loaded brings no P along
-            if fast:
-                n = power_of_two(max(rows, len(theta)))
-                gauss = torch.randn(n, generator=g)
-                # a column of HGΠHB has the squared length n ‖G‖², of which a layer keeps rows / n; over all layers it becomes one
-                made["gauss"] = gauss / (gauss.square().sum() * total).sqrt()
-                made["order"], made["signs"] = torch.randperm(n, generator=g), torch.randint(0, 2, (n,), generator=g) * 2.0 - 1.0
-            else:
-                made["P"] = torch.randn(rows, len(theta), generator=g) / total**0.5
-        for name, value in made.items():
-            self.register_buffer(name, value, persistent=False)
+        self.kept = Kept()
+        self.ready()
+
+    def ready(self) -> None:
+        place = self.theta.device
+        if place.type != "meta" and self.kept.get("place") != place:
+            self.kept.update(P=tuple(t.to(place) for t in self.kept.get("P") or self.made()), place=place)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Projected:
+        moved: Projected = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.ready()
+        return moved
+
+    def made(self) -> tuple[Tensor, ...]:
+        """(P,) with P (rows, d), or (signs, order, gauss), each (n,); on the CPU, so that a seed means the same everywhere."""
+        rows, d = prod(self.shape), len(self.theta)
+        how: Any = dict(generator=torch.Generator("cpu").manual_seed(self.seed), device="cpu")
+        if not self.fast:
+            return (torch.randn(rows, d, **how) / self.total**0.5,)
+        n = power_of_two(max(rows, d))
+        gauss = torch.randn(n, **how)
+        # a column of HGΠHB has the squared length n ‖G‖², of which a layer keeps rows / n; over all layers it becomes one
+        gauss = gauss / (gauss.square().sum() * self.total).sqrt()
+        order = torch.randperm(n, **how)
+        return torch.randint(0, 2, (n,), **how) * 2.0 - 1.0, order, gauss
 
     def delta(self, layer: Any) -> Tensor:
-        shape = shape_of(layer)
-        if self.P is not None:
-            flat = self.P @ self.theta
-        else:
-            flat = fastfood(self.theta, self.signs, self.order, self.gauss, prod(shape))
-        return (flat if self.scale is None else flat * self.scale).view(shape)
+        if not torch.compiler.is_compiling():
+            self.ready()
+        theta, (first, *rest) = self.theta.float(), self.kept["P"]
+        flat = fastfood(theta, first, rest[0], rest[1], prod(self.shape)) if self.fast else first @ theta
+        return (flat if self.scale is None else flat * self.scale).view(self.shape)
 
-
-def power_of_two(n: int) -> int:
-    """The least power of two that is not below n."""
-    return 1 << max(n - 1, 0).bit_length()
+    def rounded(self, layer: Any, dtype: torch.dtype) -> Tensor:
+        """In evaluation ΔW is kept for as long as nobody writes to θ_d and λ; training lets go of it."""
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or self.theta.is_inference():
+            if not torch.compiler.is_compiling():
+                self.kept.update(of=None, state=None, update=None)
+            return super().rounded(layer, dtype)
+        own = [p.detach() for p in self._parameters.values() if p is not None]  # held, so that their places stay theirs
+        if self.kept.get("state") != (state := (dtype, *written(own))):
+            self.kept.update(of=own, state=state, update=super().rounded(layer, dtype))
+        return self.kept["update"]  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True, kw_only=True)

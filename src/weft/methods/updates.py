@@ -26,9 +26,13 @@ class Update(Adapter):
         """ΔW, in fp32."""
         raise NotImplementedError
 
+    def rounded(self, layer: Any, dtype: torch.dtype) -> Tensor:
+        """ΔW in the dtype in which it acts."""
+        return self.delta(layer).to(dtype)
+
     def act(self, layer: Any, x: Tensor) -> Tensor:
         """ΔW x, in x's dtype."""
-        W = self.delta(layer).to(x.dtype)
+        W = self.rounded(layer, x.dtype)
         return layer._conv_forward(x, W, None) if is_conv(layer) else F.linear(x, W)
 
     def forward(self, layer: Site | Around, x: Tensor) -> Tensor:

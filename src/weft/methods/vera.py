@@ -51,15 +51,15 @@ class Vectors(Adapter):
         self.b = nn.Parameter(torch.zeros(features(layer)[1]))
         self.ready()
 
-    def ready(self) -> Vectors:
+    def ready(self) -> None:
         """Have the matrices where the vectors are: a compiled forward finds them there, and never makes them."""
         if not self.d.is_meta:
             self.shared.on(self.d.device)
-        return self
 
     def _apply(self, fn: Any, recurse: bool = True) -> Vectors:
         moved: Vectors = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        return moved.ready()
+        self.ready()
+        return moved
 
     def slices(self, layer: Any) -> tuple[Tensor, Tensor]:
         """(rank, in) and (out, rank) of this layer."""

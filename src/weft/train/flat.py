@@ -56,6 +56,10 @@ class Flat:
             self.grad.mul_((limit / (norm + 1e-6)).clamp(max=1.0))
         return norm
 
+    def touched(self) -> None:
+        """Let every parameter count a write: what is kept that was derived from it goes by that. The buffer's own counter is not theirs."""
+        torch.autograd.graph.increment_version(list(self.parameters.values()))
+
     def zero_grad(self) -> None:
         self.grad.zero_()
 

@@ -33,6 +33,7 @@ def update(run: Run, group: Sequence[Batch], loss: torch.Tensor) -> None:
     norm = run.flat.clip(run.config.clip)
     lr = learning_rate(run.state.step, run.steps, run.peak, run.config)
     run.optimiser.step(lr)
+    run.flat.touched()
     run.method.after_step(run.adapters, run.state.step, run.steps)  # it may still want the gradients
     run.flat.zero_grad()
     run.stepped(group, loss, norm, lr)

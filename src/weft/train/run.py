@@ -71,6 +71,7 @@ class Run:
         if place is not None:
             self.state, tensors = checkpoint.read(place)
             self.optimiser.load_state(tensors)
+            self.flat.touched()
             for key, buffer in self._buffers().items():
                 buffer.copy_(tensors[key])
             checkpoint.set_random_states(tensors, self.device)
@@ -276,6 +277,7 @@ class Run:
             return
         tensors = checkpoint.read(self.output.checkpoints / checkpoint.name(best))[1]
         self.flat.data.copy_(tensors["masters"])
+        self.flat.touched()
         for key, buffer in self._buffers().items():
             buffer.copy_(tensors[key])
 
