@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 import weft
 from tests.conftest import ConvNet, Plain, gpt2, jolt, llama
-from weft.adapters import attached, names
+from weft.adapters import attached, names, trainable
 
 
 def _paths(model: nn.Module) -> list[str]:
@@ -268,3 +268,13 @@ except weft.WeftError as e:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parent.parent.parent, check=True)
     assert "What lay there before is untouched" in done.stdout
     assert {p.name: p.read_bytes() for p in saved.iterdir()} == before
+
+
+def test_what_is_loaded_lies_as_new_tensors_do(tmp_path: Path, ids: Tensor) -> None:
+    """A product over memory that is not on a 16-byte border may come out otherwise in the last bit (DoRA's AAᵀ does on a CPU)."""
+    model = weft.adapt(llama(), weft.DoRA(rank=4, targets=["q_proj", "v_proj", "up_proj"]))
+    jolt(model)
+    weft.save(model, tmp_path)
+    loaded = weft.load(llama(), tmp_path)
+    assert {p.data_ptr() % 64 for p in trainable(loaded, "default").values()} == {0}
+    assert torch.equal(loaded(ids).logits, model(ids).logits)

@@ -15,11 +15,11 @@ from torch import nn
 import weft
 from tests.conftest import jolt
 from tests.parity.families import FAMILIES
+from tests.parity.quiet import PEFTS_OWN
 from weft.adapters import attached, trainable
 from weft.quant import quantise_
 
-QUIET = (".*is_gradient_checkpointing", "Could not find a config", "Unable to", ".*keys did not match any")  # peft's own
-pytestmark = [pytest.mark.filterwarnings(f"ignore:{what}") for what in QUIET]
+pytestmark = PEFTS_OWN
 BOTH = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 
 

@@ -15,22 +15,9 @@ from torch import Tensor, nn
 
 import weft
 from tests.conftest import ConvNet, Plain, gpt2, jolt, llama
+from tests.parity.quiet import PEFTS_OWN
 
-# peft 0.21.2 itself warns under transformers 5.23, of what concerns neither the files nor the numbers.
-pytestmark = [
-    pytest.mark.filterwarnings(f"ignore:{what}")
-    for what in (
-        "`is_gradient_checkpointing` is deprecated",
-        ".*fan_in_fan_out",
-        "Could not find a config file",
-        "Model has `tie_word_embeddings",
-        ".*embedding layer",
-        "Adapter .* was active",
-        "Unable to fetch remote file",
-        "LoRA adapter added to ConvNd layer with groups",
-        "Adapter .*invalid shape",
-    )
-]
+pytestmark = PEFTS_OWN
 
 
 class Convolutions(nn.Module):

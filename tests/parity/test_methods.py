@@ -16,20 +16,9 @@ from torch import Tensor, nn
 
 import weft
 from tests.conftest import ConvNet, Plain, gpt2, jolt, llama
+from tests.parity.quiet import PEFTS_OWN
 
-pytestmark = [
-    pytest.mark.filterwarnings(f"ignore:{what}")
-    for what in (
-        "`is_gradient_checkpointing` is deprecated",
-        ".*fan_in_fan_out",
-        "Could not find a config file",
-        "Model has `tie_word_embeddings",
-        "Unsupported layer type",
-        "Invalid `(r|oft_block_size)`",
-        "Unable to fetch remote file",
-        "Setting `save_embedding_layers` to `True`",
-    )
-]
+pytestmark = PEFTS_OWN
 
 
 class Sound(nn.Module):

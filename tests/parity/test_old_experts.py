@@ -14,11 +14,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import weft
+from tests.parity.quiet import PEFTS_OWN
 from tests.parity.test_experts import _far, _logits, _model
 from weft.adapters import attached
 
-QUIET = (".*is_gradient_checkpointing", "Could not find a config", "Unable to", ".*keys did not match any")  # peft's own
-pytestmark = [pytest.mark.filterwarnings(f"ignore:{what}") for what in QUIET]
+pytestmark = PEFTS_OWN
 NAMES = {  # the block's name then, and the gate's, the up's and the down's
     "Mixtral": ("block_sparse_moe", ("w1", "w3", "w2")),
     "Qwen3-MoE": ("mlp", ("gate_proj", "up_proj", "down_proj")),

@@ -13,9 +13,10 @@ from torch import Tensor
 import weft
 from tests.compat.stories import IDS, fill, logits
 from tests.conftest import gpt2, llama
+from tests.parity.quiet import PEFTS_OWN
 from weft.core import Replaced
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # peft's own, about tied layers and this version of transformers
+pytestmark = [*PEFTS_OWN, pytest.mark.filterwarnings("ignore:You have requested `ensure_weight_tying`, but")]
 CONFIGS: dict[str, dict[str, Any]] = {
     "whole": dict(modules_to_save=["embed_tokens"]), "by its head": dict(modules_to_save=["lm_head"]),
     "factors": dict(target_modules=["embed_tokens", "v_proj", "wte"]), "of the head alone": dict(target_modules=["lm_head"]),

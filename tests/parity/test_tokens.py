@@ -16,11 +16,11 @@ from torch import nn
 import weft
 from tests.conftest import Plain, gpt2, jolt, llama
 from tests.parity.families import FAMILIES
+from tests.parity.quiet import PEFTS_OWN
 from weft.adapters import attached, trainable
 from weft.quant import quantise_
 
-QUIET = (".*is_gradient_checkpointing", "Could not find a config", "Unable to", "fan_in_fan_out is set")  # peft's own
-pytestmark = [pytest.mark.filterwarnings(f"ignore:{what}") for what in QUIET]
+pytestmark = PEFTS_OWN
 IDS = torch.arange(3, 31).view(4, 7)
 TOKENS = [12, 5, 30, 1]  # not in order, and one that is not in the batch
 
