@@ -1,6 +1,6 @@
 """Every fast path against its twin, on a GPU. CI has none: whoever touches kernels/, quant/, train/ or step/ runs and commits it.
 
-    python bench/gpu_check.py
+    python bench/gpu_check.py [PART ...]      (about ten minutes, most of them for compiling in fast_step, which comes last)
 
 Needs a CUDA device and pytest. Fresh random inputs of awkward shapes every time; the bounds are stated beside each figure.
 """
@@ -12,6 +12,8 @@ import re
 import subprocess
 import sys
 import tempfile
+import time
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -233,7 +235,7 @@ def training() -> None:
     check("twenty training steps, GPU against CPU, fp32: losses", distance(losses[DEVICE], losses["cpu"]), 1e-3)
 
 
-def tests() -> dict[str, Any]:
+def tests() -> None:
     """The tests that have a GPU part."""
     root = Path(__file__).parent.parent
     places = ["tests/step", "tests/train/test_flat.py", "tests/train/test_cuda.py", "tests/contract/test_adapters.py"]
@@ -244,17 +246,29 @@ def tests() -> dict[str, Any]:
     print(closing, flush=True)
     if done.returncode:
         print("\n".join(line for line in done.stdout.splitlines() if re.match(r"E  |FAILED|ERROR", line))[-3000:])
-    return {"command": "pytest " + " ".join(places), "closing": closing, "ok": done.returncode == 0}
+    CHECKS.append({"what": f"pytest {' '.join(places)}: {closing}", "error": None, "bound": None, "ok": done.returncode == 0})
+
+
+PARTS = (low_rank, quantised, fused_loss, fp8, adapters, packed, training, tests, fast_step)
 
 
 def main() -> int:
     torch.backends.cuda.matmul.allow_tf32 = False
-    for part in (low_rank, quantised, fused_loss, fp8, adapters, packed, fast_step, training):
-        part()
-        save("gpu_check", {"ok": False, "finished": False, "checks": CHECKS})  # a run that is cut off leaves what it found
-    pytest = tests() if "--no-tests" not in sys.argv else {"ok": True, "closing": "left out"}
-    ok = all(c["ok"] for c in CHECKS) and pytest["ok"]
-    print(save("gpu_check", {"ok": ok, "checks": CHECKS, "tests": pytest}))
+    names = sys.argv[1:] or [part.__name__ for part in PARTS]
+    seconds: dict[str, float] = {}
+    for part in PARTS:
+        if part.__name__ not in names:
+            continue
+        started = time.perf_counter()
+        try:
+            part()
+        except Exception as e:  # what one part meets is a finding, and the others are still to be seen
+            traceback.print_exc()
+            CHECKS.append({"what": f"{part.__name__}: {type(e).__name__}: {e}"[:400], "error": None, "bound": None, "ok": False})
+        seconds[part.__name__] = round(time.perf_counter() - started, 1)
+        ok = all(c["ok"] for c in CHECKS)  # a run that is cut off leaves what it found, and what it did not come to
+        left = [p.__name__ for p in PARTS if p.__name__ not in seconds]
+        print(save("gpu_check", {"ok": ok and not left, "parts": seconds, "not_run": left, "checks": CHECKS}))
     return 0 if ok else 1
 
 
