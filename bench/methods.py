@@ -30,14 +30,19 @@ import weft
 
 torch.set_num_threads(1)
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+INVOCATION = 5  # the first token of every row, so that an activated LoRA works on all of it
 TASK = dict(task_type="CAUSAL_LM")
+# fmt: off
 METHODS: dict[str, tuple[weft.Method, Any]] = {  # peft's None: it has no such method
     "LoRA": (weft.LoRA(rank=8), peft.LoraConfig(r=8, lora_alpha=32, target_modules=ALL, **TASK)),
     "DoRA": (weft.DoRA(rank=8), peft.LoraConfig(r=8, lora_alpha=32, use_dora=True, target_modules=ALL, **TASK)),
+    "ALoRA": (weft.ALoRA(rank=8, invocation_tokens=(INVOCATION,)),
+              peft.LoraConfig(r=8, lora_alpha=32, alora_invocation_tokens=[INVOCATION], target_modules=ALL, **TASK)),
     "AdaLoRA": (weft.AdaLoRA(), peft.AdaLoraConfig(target_modules=ALL, total_step=1000, **TASK)),
     "VeRA": (weft.VeRA(rank=64, targets=("o_proj", "q_proj")), peft.VeraConfig(r=64, target_modules=["o_proj", "q_proj"], **TASK)),
     "IA3": (weft.IA3(), peft.IA3Config(**TASK)),
     "BitFit": (weft.BitFit(add=True), None),
+    "TrainableTokens": (weft.TrainableTokens(tokens=(1, 2, 3)), peft.TrainableTokensConfig(token_indices=[1, 2, 3], **TASK)),
     "LNTuning": (weft.LNTuning(), peft.LNTuningConfig(**TASK)),
     "LoHa": (weft.LoHa(), peft.LoHaConfig(target_modules=ALL, **TASK)),
     "LoKr": (weft.LoKr(), peft.LoKrConfig(target_modules=ALL, **TASK)),
@@ -48,6 +53,7 @@ METHODS: dict[str, tuple[weft.Method, Any]] = {  # peft's None: it has no such m
     "Subspace": (weft.Subspace(), None),
     "Full": (weft.Full(), None),
 }
+# fmt: on
 
 
 def base() -> Any:
@@ -131,6 +137,7 @@ def _switch(use: Callable[[str], Any]) -> Callable[[], None]:
 def main(quick: bool) -> None:
     pristine, repeat = base(), 1 if quick else 9
     ids = torch.randint(3, 500, (4, 64), generator=torch.Generator().manual_seed(1))
+    ids[:, 0] = INVOCATION
     rows = {}
     columns = ("one token ×", "forward ×", "step ×", "attach ms", "load ms", "switch ms")
     table = Table("", *(f"{what}, {who}" for what in columns for who in ("weft", "peft")))
