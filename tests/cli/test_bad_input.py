@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.cli.conftest import Ran, World, snapshot, write_rows
 from tests.conftest import gpt2
+from weft.cli.main import main
 
 Words = list[object]
 
@@ -124,6 +125,16 @@ def output_of_something_else(w: World, at: Path) -> Words:
     return ["train", *w.flags, "--output", at / "out"]
 
 
+def stopped(w: World, at: Path) -> Words:
+    shutil.copytree(w.a, at / "run" / "checkpoints" / "step-00000003")
+    return ["generate", "--model", w.base, "--adapter", at / "run", "hello"]
+
+
+def packed(w: World, at: Path) -> Words:
+    main(["quantize", str(w.base), "-o", str(at / "packed")])
+    return ["extract", at / "packed", "--model", w.base, "-o", at / "new"]
+
+
 def output_is_a_file(w: World, at: Path) -> Words:
     (at / "out").write_text("a file")
     return ["train", *w.flags, "--output", at / "out"]
@@ -151,11 +162,26 @@ CASES = [
     Case("recipe: wrong type", recipe("data: {train: x.jsonl}\ntrain: {steps: many}\n"),
          ("train.steps: expected a whole number", "'many'")),
     Case("recipe: value out of range", recipe("data: {train: x.jsonl}\ntrain: {lr: -1}\n"), ("train.lr: -1", "above 0")),
+    Case("recipe: several at once",
+         recipe("data: {train: x.jsonl, eval_split: 2}\nmethod: {rank: 0}\ntrain: {lr: -1, steps: many}\nbase: nf5\n"),
+         ("data.eval_split", "rank of 0", "train.lr: -1", "train.steps: expected", "base='nf5'")),
+    Case("recipe: a part that is no mapping", recipe("data: {train: x.jsonl}\ntrain: fast\neval: {batch: 0}\n"),
+         ("train: expected settings (lr,", "eval.batch: 0")),
+    Case("recipe: a run without a name", recipe("data: {train: x.jsonl}\nruns: [{name: a}, {seed: 1}]\n"), ("number 2 of 2 has no name",)),
+    Case("recipe: runs of one name", recipe("data: {train: x.jsonl}\nruns: [{name: a}, {name: a}]\n"), ("two runs are named a",)),
+    Case("recipe: runs that are no list", recipe("data: {train: x.jsonl}\nruns: 3\n"), ("expected a list of settings, and got 3",)),
     Case("recipe: not YAML", recipe("data: [\n"), ("recipe.yaml", "not valid YAML")),
     Case("recipe: missing", lambda w, at: ["train", at / "none.yaml"], ("none.yaml", "cannot be read")),
     Case("recipe: data missing", recipe("data: {train: none.jsonl}\n"), ("data file not found: none.jsonl",)),
     Case("flag: misspelt", lambda w, at: ["train", *w.flags, "--train.stpes", "3"], ("train.stpes: unknown; did you mean train.steps?",)),
     Case("flag: without its value", lambda w, at: ["train", *w.flags, "--train.lr"], ("--train.lr: needs a value",)),
+    Case("flag: a list without brackets", lambda w, at: ["train", *w.flags, "--method.layers_to_transform", "0,1"],
+         ("expected a list of whole numbers or null, got '0,1'; a list is written '[0,1]'",)),
+    Case("flag: targets without brackets", lambda w, at: ["train", *w.flags, "--output", at / "o", "--method.targets", "q_proj,v_proj"],
+         ("matches no module; several are a list: '[q_proj, v_proj]'",)),
+    Case("method: a text that is missing",
+         lambda w, at: ["train", *w.flags, "--output", at / "o", "--method=PrefixTuning", "--method.init=text"],
+         ("error: PrefixTuning: init='text' needs text='…'\n",)),
     Case("flag: of the command, misspelt", lambda w, at: ["train", *w.flags, "--overwite"], ("did you mean --overwrite?",)),
     Case("flag: of another command, misspelt", lambda w, at: ["generate", "hello", "--max-token", "3"], ("did you mean --max-tokens?",)),
     Case("data: broken line", rows(GOOD, GOOD, '{"prompt": "a", "compl', GOOD), ("bad.jsonl:3", "broken JSON")),
@@ -176,6 +202,8 @@ CASES = [
     Case("base: an adapter's folder", lambda w, at: ["generate", "--model", w.a, "hello"], ("it holds an adapter", "--adapter")),
     Case("base: not named", changed_adapter("generate", config(base_model_name_or_path=None)), ("--model",)),
     Case("adapter: missing", lambda w, at: ["generate", "--model", w.base, "--adapter", at / "none", "hello"], ("no such folder",)),
+    Case("adapter: missing, and no base", lambda w, at: ["generate", "--adapter", at / "none", "hello"], ("no such folder",)),
+    Case("adapter: of a run that was stopped", stopped, ("holds no adapter", "there is one in checkpoints/step-00000003")),
     Case("adapter: of another shape", changed_adapter("generate", other_shape), ("of another shape", "q_proj")),
     Case("adapter: of another rank", changed_adapter("eval", config(r=8)), ("of another shape", "(4, 32)", "(8, 32)")),
     Case("adapter: other modules", changed_adapter("merge", config(target_modules=["query", "value"])), ("target",)),
@@ -189,6 +217,9 @@ CASES = [
     Case("adapter: named twice", lambda w, at: ["generate", "--adapter", w.a, "--adapter", w.a, "hello"], ("two adapters are named 'a'",)),
     Case("output: something else", output_of_something_else, ("thesis.tex", "--overwrite")),
     Case("output: a file", output_is_a_file, ("a file, not a folder",)),
+    Case("output: below a file", lambda w, at: ["train", *w.flags, "--model", "none", "--output", w.rows / "o"],
+         ("cannot be used as output",)),
+    Case("extract: from packed weights", packed, ("is packed, and what packing lost would be taken for training",)),
     Case("merge: folder not empty", merged_over(), ("is not empty", "--overwrite")),
     Case("merge: would overwrite more than a model", merged_over("--overwrite"), ("holds more than a model",)),
     Case("merge: onto its base", merged_over_its_base, ("holds what is to be merged",)),

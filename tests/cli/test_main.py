@@ -60,6 +60,14 @@ def test_every_command_has_help(run: Callable[..., Ran], command: str) -> None:
     assert all(action.help for action in parser._actions if action.option_strings)
 
 
+def test_the_help_of_training_begins_with_the_default_method(run: Callable[..., Ran]) -> None:
+    text = run("train", "--help").out
+    titles = re.findall(r"^method (\w+):$", text, re.M)
+    assert titles[0] == "LoRA" and titles[1:] == sorted(titles[1:], key=str.lower)
+    rank = " ".join(text.split()).partition("--method.rank V")[2].partition("--method.")[0]
+    assert "Also of AdaLoRA: 12" in rank and rank.rstrip().endswith("default: 16]")
+
+
 def test_a_fault_of_ours(run: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(args: object) -> int:
         raise RuntimeError("a wheel came off")

@@ -108,7 +108,7 @@ def test_a_recipe_with_runs():
     assert load_recipes(tree, {"output": "other"})[0].output == "other/a"
     for runs, message in (
         ([], "runs: expected a list"),
-        ([{"rank": 3}], "runs: expected a list"),
+        ([{"rank": 3}], "number 1 of 1 has no name"),
         ([{"name": "a"}] * 2, "two runs are named a"),
         ([{"name": "a", "method.rnk": 3}], r"run a cannot be used:\n  method.rnk: unknown; did you mean"),
     ):

@@ -189,5 +189,5 @@ def refuse(name: str, path: str, adapter: object, layer: object) -> WeftError:
     what = f"{type(adapter).__name__} on a {base_class(layer).__name__}"
     return WeftError(
         f"{name!r} at {path or 'the model'} is a {what}, which is no low-rank update of the layer: make one of it first, "
-        f"weft.convert(model, {name!r}, rank=16)"
+        f"in Python by weft.convert(model, {name!r}, rank=16)"
     )

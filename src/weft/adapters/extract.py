@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Mapping
@@ -178,6 +179,13 @@ def _built(
     return built
 
 
+def _packed(folder: Path) -> bool:
+    try:
+        return "quantization_config" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False  # what is wrong with it is told when the model is made
+
+
 class _Weights:
     """Tensors by name: those of a model in memory, or of a folder's safetensors, read when they are asked for."""
 
@@ -190,6 +198,11 @@ class _Weights:
             return
         folder = Path(_folder(source))
         self.what = str(source)
+        if _packed(folder):
+            raise WeftError(
+                f"{source} is packed, and what packing lost would be taken for training: name the model in 16 bits that it was made from, "
+                f"or write its numbers with weft.load_base({str(source)!r}, 'bf16').save_pretrained(folder) and name that folder"
+            )
         for path in sorted(folder.glob("*.safetensors")):
             try:
                 file = safe_open(path, framework="pt")

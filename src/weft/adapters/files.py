@@ -167,9 +167,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     """adapter_config.json as a dictionary with at least a peft_type. Raises WeftError if it is missing or broken."""
     path = folder / CONFIG
     if not path.is_file():
-        near = sorted(str(p.parent.relative_to(folder)) for p in folder.glob(f"*/{CONFIG}")) if folder.is_dir() else []
+        near = sorted(str(p.parent.relative_to(folder)) for deep in ("*", "checkpoints/*") for p in folder.glob(f"{deep}/{CONFIG}"))
         there = "there is no such folder" if not folder.is_dir() else f"it has no {CONFIG}"
-        raise WeftError(f"{folder} holds no adapter: {there}" + (f"; its subfolders {', '.join(near)} do" if near else ""))
+        raise WeftError(f"{folder} holds no adapter: {there}" + (f"; there is one in {', in '.join(near)}" if near else ""))
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, UnicodeDecodeError) as e:

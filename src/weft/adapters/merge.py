@@ -93,7 +93,8 @@ def _check(model: nn.Module, here: dict[str, Site], chosen: Sequence[str], untie
         refused = [(p, r) for p, s in here.items() if name in slot_of(s) and (r := slot_of(s)[name].unmergeable(s))]
         wrong += [f"{name!r} at {path}: {reason}. Keep it unmerged" for path, reason in refused]
         kinds = {type(slot_of(site)[name].method) for site in here.values() if name in slot_of(site)}
-        wrong += [f"{name!r} is a {k.__name__}, which is no change of weights and cannot be merged" for k in kinds if not k.mergeable]
+        not_weights = "which is no change of weights and cannot be merged. Keep it unmerged"
+        wrong += [f"{name!r} is an adapter of {k.__name__}, {not_weights}" for k in kinds if not k.mergeable]
     owners: dict[int, list[str]] = {}
     for path, module in modules(model):
         for p in module._parameters.values():

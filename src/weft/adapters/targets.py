@@ -124,5 +124,7 @@ def _why(target: str, everything: Mapping[str, nn.Module], able: Mapping[str, nn
         if _bypassed(everything, hits[0]):
             return f"targets={target!r} is inside nn.MultiheadAttention, which never calls it: an adapter there would do nothing"
         return f"targets={target!r} matches only {kind} ({hits[0]}), which {type(method).__name__} cannot adapt"
+    if "," in target and not target.startswith("re:"):
+        return f"targets={target!r} matches no module; several are a list: '[{', '.join(w.strip(' []') for w in target.split(','))}]'"
     near = get_close_matches(target, sorted({p.rpartition(".")[2] for p in able} | set(able)), n=1)
     return f"targets={target!r} matches no module" + (f"; did you mean {near[0]!r}?" if near else "")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from itertools import count
 from pathlib import Path
 
 from weft.cli.common import Given, base_of, load, out, step
@@ -27,7 +28,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     target = Path(args.output).expanduser()
     check_adapter_target(target, args.overwrite)
-    given = [_part(word, i) for i, word in enumerate(args.parts)]
+    given: list[tuple[Given, float]] = []
+    for word in args.parts:
+        given.append(_part(word, {"base", *(g.name for g, _ in given)}))
     if clash := next((g for g, _ in given if g.folder.resolve() == target.resolve()), None):
         raise UsageError(f"{clash.folder} is one of the parts: choose another folder for the new adapter")
     model, _ = load(base_of(args.model, [g for g, _ in given]), [g for g, _ in given], "fp32", "cpu")
@@ -42,12 +45,15 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _part(word: str, place: int) -> tuple[Given, float]:
-    """The adapter and its weight, from DIR=WEIGHT or DIR."""
+def _part(word: str, taken: set[str]) -> tuple[Given, float]:
+    """The adapter and its weight, from DIR=WEIGHT or DIR. It has its folder's name, and a number where that is taken."""
     folder, equals, weight = word.rpartition("=")
     if Path(word).expanduser().exists() or not equals:
         folder, weight = word, "1"
+    path = Path(folder).expanduser()
+    name = path.resolve().name.replace(".", "-")
     try:
-        return Given(f"part {place + 1}", Path(folder).expanduser()), float(weight)
+        free = name if name not in taken else next(n for i in count(2) if (n := f"{name} ({i})") not in taken)
+        return Given(free, path), float(weight)
     except ValueError:
         raise UsageError(f"{word}: {weight!r} is no weight; write {folder}=0.5, say") from None

@@ -16,13 +16,14 @@ from weft.train.reading import in_words as words
 
 def add(parser: argparse.ArgumentParser) -> None:
     """One flag for every setting, a group for every part of the recipe and for every method."""
+    methods = _sorted()
     top = parser.add_argument_group("recipe", _first(Recipe))
     hints, helps = get_type_hints(Recipe), documented(Recipe)
     for f in fields(Recipe):
         kind = hints[f.name]
         if issubclass(kind, Method) if isinstance(kind, type) else False:
             default = _default(f)
-            _flag(top, f.name, Literal[tuple(METHODS)], type(default).__name__, helps.get(f.name, ""))
+            _flag(top, f.name, Literal[tuple(methods)], type(default).__name__, helps.get(f.name, ""))
         elif not is_dataclass(kind):
             _flag(top, f.name, kind, _default(f), helps.get(f.name, ""))
     for f in fields(Recipe):
@@ -42,11 +43,11 @@ def _methods(parser: argparse.ArgumentParser, prefix: str) -> None:
     for name, kind, default, text in _settings(Method):
         _flag(group, f"{prefix}.{name}", kind, default, text)
     owners: dict[str, list[tuple[str, Any]]] = {}
-    for title, cls in METHODS.items():
+    for title, cls in _sorted().items():
         for name, _, default, _ in _settings(cls):
             owners.setdefault(name, []).append((title, default))
     done = set(shared)
-    for title, cls in METHODS.items():
+    for title, cls in _sorted().items():
         own = [s for s in _settings(cls) if s[0] not in done]
         done |= {s[0] for s in own}
         if own:
@@ -54,6 +55,12 @@ def _methods(parser: argparse.ArgumentParser, prefix: str) -> None:
         for name, kind, default, text in own:
             also = [f"{t}: {_shown(d)}" for t, d in owners[name][1:]]
             _flag(group, f"{prefix}.{name}", kind, default, text + (f" Also of {', '.join(also)}." if also else ""))
+
+
+def _sorted() -> dict[str, type[Method]]:
+    """The methods by name, with the one first that is meant where none is named: its defaults are those that most want to see."""
+    first = type(next(_default(f) for f in fields(Recipe) if f.name == "method")).__name__
+    return {name: METHODS[name] for name in sorted(METHODS, key=lambda name: (name != first, name.lower()))}
 
 
 def _settings(cls: Any) -> Iterator[tuple[str, Any, Any, str]]:

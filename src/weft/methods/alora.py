@@ -46,7 +46,7 @@ Activated.kin = LowRank
 
 @dataclass(frozen=True, kw_only=True)
 class ALoRA(LoRA):
-    """LoRA that begins at an invocation: its hyper-parameters, and
+    """LoRA that begins at an invocation. It has the hyper-parameters of LoRA, and
 
     Args:
         invocation_tokens: The ids of the tokens with which it begins, as the tokenizer gives them where they stand in the text.

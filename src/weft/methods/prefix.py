@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from weft.core import Adapter, Method, Site, WeftError, base_class, plain
 from weft.methods.prefix_cache import ahead, new_cache, of_tokens, widened
 from weft.methods.prefix_door import PrefixDoor, attentions
-from weft.methods.prompt_call import begun_with
+from weft.methods.prompt_call import begun_with, check_start
 from weft.methods.virtual import Virtual, check_positions, counts_positions, front, model_of
 
 
@@ -106,7 +106,8 @@ class PrefixTuning(Method):
         hidden: The width of that network; None: that of a layer's keys.
         init: "normal": N(0, 1), as peft's; "zero"; "text": the keys and values that the base has for the tokens of `text`, repeated or cut
             to V, so that it begins as that text in front; "vocab": those of tokens drawn by lot.
-        text, tokenizer: As for PromptTuning.
+        text: What "text" begins as.
+        tokenizer: The folder or hub id of the tokenizer for it; None: the model's own.
         targets: The path of the transformers model that is to get it; "": the model itself.
     """
 
@@ -136,10 +137,7 @@ class PrefixTuning(Method):
             doors = attentions(model)
             if not doors:
                 raise WeftError(f"PrefixTuning: {base_class(model).__name__} has no attention layer with a cache; PromptTuning needs none")
-            by_lot = self.projection or model.config.is_encoder_decoder
-            if self.tokens < 1 or (self.init == "text" and not self.text) or (self.init in ("text", "vocab") and by_lot):
-                why = "init='text' or 'vocab' takes a decoder and no projection, which begins by lot"
-                raise WeftError(f"PrefixTuning: tokens={self.tokens} must be 1 or more, init='text' needs text='…', and {why}")
+            check_start(self, by_lot=self.projection or model.config.is_encoder_decoder)
             config = model.config.get_text_config(decoder=True)
             heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
             size = getattr(config, "head_dim", None) or getattr(config, "d_kv", None) or config.hidden_size // config.num_attention_heads

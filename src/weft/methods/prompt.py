@@ -15,8 +15,8 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from weft.core import Adapter, Around, Method, Mixture, Site, WeftError, modules, plain
-from weft.methods.prompt_call import begun_with, grown, packed, shortened
+from weft.core import Adapter, Around, Method, Mixture, Site, modules, plain
+from weft.methods.prompt_call import begun_with, check_start, grown, packed, shortened
 from weft.methods.virtual import Virtual, called, front
 
 
@@ -127,8 +127,7 @@ class PromptTuning(Method):
         for path, site in layers.items():
             model: Any = plain(site)
             inside = bool(model.config.is_encoder_decoder)
-            if self.tokens < 1 or (self.init == "text" and not self.text):
-                raise WeftError(f"PromptTuning: tokens={self.tokens} must be 1 or more, and init='text' needs text='…'")
+            check_start(self)
             made[path] = whole = self.made(model.get_input_embeddings(), model, inside)
             if inside:
                 encoder = next(p for p, m in modules(model) if m is model.get_encoder())

@@ -18,6 +18,17 @@ def embedded(layer: Any, call: dict[str, Any]) -> Tensor:
     return model_of(layer).get_input_embeddings()(call["input_ids"]) if given is None else given  # type: ignore[no-any-return]
 
 
+def check_start(method: Any, by_lot: bool = False) -> None:
+    """Raises WeftError for no tokens, a start from text without a text, and one from tokens where it can only be `by_lot`."""
+    wrong = [f"tokens={method.tokens} must be 1 or more"] if method.tokens < 1 else []
+    if method.init == "text" and not method.text:
+        wrong.append("init='text' needs text='…'")
+    if method.init in ("text", "vocab") and by_lot:
+        wrong.append(f"init={method.init!r} takes a decoder and no projection, which begins by lot")
+    if wrong:
+        raise WeftError(f"{type(method).__name__}: {', and '.join(wrong)}")
+
+
 def begun_with(method: Any, model: Any, rows: int) -> Tensor:
     """(rows,) the tokens that a prompt begins with: those of `method.text`, repeated or cut, or drawn by lot from the vocabulary."""
     if method.init == "vocab":

@@ -143,4 +143,4 @@ def _misfits(path: str, module: nn.Module, tokens: Ids) -> Iterator[str]:
     if twice:
         yield f"token {', '.join(map(str, twice))} is named twice; name each once"
     if not tokens:
-        yield f"no token is named for {path}: give the numbers of those to train"
+        yield f"no token is named for {path}: give the numbers of those to train, as the tokenizer has them ([4, 5])"

@@ -235,7 +235,8 @@ def _advice(e: Diverged, run: Run) -> Diverged:
 def _plan(run: Run) -> str:
     c, s = run.config, run.state
     text = (
-        f"{run.steps} steps ({run.micro / max(len(run.batches), 1):.3g} epochs of {ceil(len(run.batches) / c.accumulate)}), "
+        f"{run.steps} step{'s' * (run.steps != 1)} ({run.micro / max(len(run.batches), 1):.3g} epochs of "
+        f"{ceil(len(run.batches) / c.accumulate)}), "
         f"up to {c.tokens * c.accumulate:,} tokens a step, {c.schedule} learning rate with a peak of {run.peak:g}, on {run.device}\n"
         f"{run.batches.describe()}"
     )

@@ -17,6 +17,7 @@ import time
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import torch
@@ -53,6 +54,11 @@ class Output:
         self.checkpoints = self.folder / "checkpoints"
         self.lock: int | None = None
         self.resumed = False if overwrite else self._examine(resume)
+        there = next(p for p in (self.folder, *self.folder.absolute().parents) if p.exists())
+        try:
+            TemporaryFile(dir=there).close()  # now, and not when a large base has been loaded
+        except OSError as e:
+            raise WeftError(f"{self.folder}: cannot be used as output ({e.strerror}). Choose another output.") from e
 
     def _examine(self, resume: str) -> bool:
         """Whether to go on with the run that is there."""

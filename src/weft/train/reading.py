@@ -14,7 +14,8 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import yaml
 
 from weft.core import METHODS, Method, WeftError
-from weft.train.recipe import Recipe, checked
+from weft.data import DataConfig
+from weft.train.recipe import Recipe, check
 
 ELSEWHERE = {  # what other tools call a setting
     "learning_rate": "lr", "rate": "lr", "r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout", "target_modules": "targets",
@@ -69,12 +70,14 @@ def load_recipes(source: str | Path | Mapping[str, Any] | None = None, overrides
     runs = tree.pop("runs", None)
     if runs is None:
         return [_recipe(where, tree, overrides)]
-    if not isinstance(runs, list) or not runs or not all(isinstance(r, Mapping) and isinstance(r.get("name"), str) for r in runs):
-        example = "`- {name: r8, method: {rank: 8}}`"
-        raise WeftError(f"{where}: runs: expected a list of settings, each with a name of its own, as in {example}")
+    example = "each needs a name of its own, as in `- {name: r8, method: {rank: 8}}`"
+    if not isinstance(runs, list) or not runs:
+        raise WeftError(f"{where}: runs: expected a list of settings, and got {runs!r}; {example}")
+    if odd := [str(i) for i, r in enumerate(runs, 1) if not isinstance(r, Mapping) or not isinstance(r.get("name"), str)]:
+        raise WeftError(f"{where}: runs: number {', '.join(odd)} of {len(runs)} has no name; {example}")
     names = [r["name"] for r in runs]
     if twice := sorted({n for n in names if names.count(n) > 1}):
-        raise WeftError(f"{where}: runs: two runs are named {', '.join(twice)}")
+        raise WeftError(f"{where}: runs: two runs are named {', '.join(twice)}; {example}")
     over = dict(overrides if isinstance(overrides, Mapping) else _flags(overrides, flaws := []))
     if not isinstance(overrides, Mapping) and flaws:
         raise WeftError(f"{where} cannot be used:\n  " + "\n  ".join(flaws))
@@ -97,9 +100,10 @@ def _recipe(where: str, tree: dict[str, Any], overrides: Mapping[str, Any] | Seq
     for key, value in overrides.items() if isinstance(overrides, Mapping) else _flags(overrides, problems):
         _put(tree, key.split("."), value, problems)
     recipe = _read(Recipe, tree, "", problems)
+    problems += check(recipe)  # of what cannot be read it sees the defaults, in which nothing is wrong
     if problems:
         raise WeftError(f"{where} cannot be used:\n  " + "\n  ".join(problems))
-    return checked(recipe)
+    return recipe
 
 
 def to_dict(recipe: Recipe) -> dict[str, Any]:
@@ -197,10 +201,13 @@ def _plain(value: Any) -> Any:
 
 
 def _read(cls: Any, given: Any, at: str, problems: list[str]) -> Any:
-    """An instance of the dataclass `cls` from a mapping; what is wrong goes to `problems` with its dotted key."""
+    """An instance of the dataclass `cls` from a mapping; what is wrong goes to `problems` with its dotted key.
+
+    With problems, methods and data are _NOTHING (their values hang together), and other parts have their defaults for what is wrong.
+    """
     if not isinstance(given, Mapping):
         problems.append(f"{at}: expected settings ({', '.join(f.name for f in fields(cls))}), got {given!r}")
-        return _NOTHING
+        return _NOTHING if issubclass(cls, Method | DataConfig) else cls()
     hints = get_type_hints(cls)
     dot = f"{at}." if at else ""
     known = [f.name for f in fields(cls)]
@@ -217,7 +224,9 @@ def _read(cls: Any, given: Any, at: str, problems: list[str]) -> Any:
         else:
             values[key] = _value(kind, value)
             if values[key] is _NOTHING:
-                problems.append(f"{dot}{key}: expected {in_words(kind)}, got {value!r}")
+                several = isinstance(value, str) and "," in value and "a list of" in in_words(kind)
+                listed = f"; a list is written '[{value.strip('[]')}]'" if several else ""
+                problems.append(f"{dot}{key}: expected {in_words(kind)}, got {value!r}{listed}")
     for name in (f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING and f.name not in given):
         if is_dataclass(hints[name]):
             _read(hints[name], {}, dot + name, problems)  # says what it needs
@@ -225,7 +234,9 @@ def _read(cls: Any, given: Any, at: str, problems: list[str]) -> Any:
             problems.append(f"{dot}{name}: must be given ({in_words(hints[name])})")
         values[name] = _NOTHING
     if any(v is _NOTHING for v in values.values()):
-        return _NOTHING
+        if issubclass(cls, Method | DataConfig):
+            return _NOTHING
+        values = {name: v for name, v in values.items() if v is not _NOTHING or name == "data"}
     try:
         return cls(**values)
     except WeftError as e:  # its own checks of the values
