@@ -12,7 +12,7 @@ import weft
 from weft.core import WeftError
 from weft.train import load_recipe, mean_loss
 from weft.train.evaluate import exact_match
-from weft.train.fit import _Data
+from weft.train.fit import RunData
 
 
 @pytest.fixture(autouse=True)
@@ -47,7 +47,7 @@ def test_the_best_adapter_answers_as_it_is_saved(tmp_path):
     recipe = tiny_run.recipe(tmp_path, method="DoRA", method__rank=4, eval__exact_match=True, **settings)
     result = weft.fit(model, recipe, tokenizer=tiny_run.tokenizer())
     assert result.best_step < result.steps and len({answer for *_, answer in result.answers}) > 1
-    data, other = _Data(model, recipe, tiny_run.tokenizer()), weft.load(tiny_run.model(), tmp_path / "out")
+    data, other = RunData(model, recipe, tiny_run.tokenizer()), weft.load(tiny_run.model(), tmp_path / "out")
     e = recipe.eval
     again = exact_match(other, tiny_run.tokenizer(), data.held, e.max_new_tokens, e.batch, lambda: None, recipe.data)
     assert again.answers == result.answers

@@ -16,7 +16,7 @@ import weft
 from weft.cli.main import main
 from weft.core import WeftError
 from weft.train import load_recipe, run_recipe, run_recipes
-from weft.train.fit import _Data
+from weft.train.fit import RunData
 
 STILL = {"train__steps": 1, "train__lr": 1e-12, "method__dropout": 0.0, "method__rank": 6}  # a run that ends where it began
 
@@ -38,7 +38,7 @@ def inputs(recipe: weft.Recipe) -> dict[str, Tensor]:
     for path in adapters(Path(recipe.output)):
         keep = seen.setdefault(path, [])
         handles.append(model.get_submodule(path).register_forward_pre_hook(lambda m, x, keep=keep: keep.append(x[0][0])))
-    for example in _Data(tiny_run.model(), recipe, tiny_run.tokenizer()).batches.examples:
+    for example in RunData(tiny_run.model(), recipe, tiny_run.tokenizer()).batches.examples:
         model(torch.from_numpy(example.ids.astype("int64"))[None])
     return {path: torch.cat(rows) for path, rows in seen.items()}
 

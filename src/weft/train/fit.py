@@ -90,20 +90,20 @@ def fit(
     tokenizer = load_tokenizer(recipe.model) if tokenizer is None else tokenizer
     if recipe.train.device not in ("auto", str(next(model.parameters()).device)):
         model.to(recipe.train.device)
-    with _threads(recipe.train.threads), Signals() as signals:
-        data = _Data(model, recipe, tokenizer)
+    with with_threads(recipe.train.threads), Signals() as signals:
+        data = RunData(model, recipe, tokenizer)
         show.text(data.report)
-        with _adapted(model, recipe, data.batches, output):
+        with adapted(model, recipe, data.batches, output):
             show.text(str(weft.adapters.summary(model)))
             run = Run(model, recipe, data.batches, data.evaluations, output, signals, tell)
             try:
-                facts = {"base": _base(model, recipe), "data": data.fingerprint, "device": _device(run), "seed": recipe.seed}
+                facts = {"base": describe_base(model, recipe), "data": data.fingerprint, "device": describe_device(run), "seed": recipe.seed}
                 run.resume(output.begin(facts))
-                show.text(_plan(run))
+                show.text(describe_plan(run))
                 tell({"event": "start", "step": run.state.step, "steps": run.steps})
                 train(run)
                 show.text(run.pace.describe(run.speed(), run.fast.compile_seconds))
-                result = _finish(run, data, tokenizer, output)
+                result = finish(run, data, tokenizer, output)
             except Diverged as e:
                 raise _advice(e, run) from e
             finally:
@@ -115,7 +115,7 @@ def fit(
     return result
 
 
-class _Data:
+class RunData:
     """The recipe's rows as batches: for training, for the evaluation losses, and as rows for the exact match."""
 
     def __init__(self, model: nn.Module, recipe: Recipe, tokenizer: Any) -> None:
@@ -164,7 +164,7 @@ def fingerprint(*sets: Sequence[Any]) -> str:
 
 
 @contextmanager
-def _adapted(model: nn.Module, recipe: Recipe, batches: Batches, output: Output) -> Iterator[None]:
+def adapted(model: nn.Module, recipe: Recipe, batches: Batches, output: Output) -> Iterator[None]:
     """The adapter on the model and alone requiring gradients, for the length of the run; taken off again when the run fails."""
     new = recipe.name not in weft.adapters.names(model)
     before, training = weft.adapters.active(model), model.training
@@ -192,7 +192,8 @@ def _adapted(model: nn.Module, recipe: Recipe, batches: Batches, output: Output)
 
 
 @contextmanager
-def _threads(number: int | None) -> Iterator[None]:
+def with_threads(number: int | None) -> Iterator[None]:
+    """torch's number of threads for the length of a with-block; None leaves it."""
     before = torch.get_num_threads()
     if number is not None:
         torch.set_num_threads(number)
@@ -202,7 +203,7 @@ def _threads(number: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _finish(run: Run, data: _Data, tokenizer: Any, output: Output) -> Result:
+def finish(run: Run, data: RunData, tokenizer: Any, output: Output) -> Result:
     """The last adapter or the best one: answer, save, and count."""
     recipe, state = run.recipe, run.state
     run.take_best()
@@ -232,7 +233,8 @@ def _advice(e: Diverged, run: Run) -> Diverged:
     )
 
 
-def _plan(run: Run) -> str:
+def describe_plan(run: Run) -> str:
+    """What a run is about to do, for the user."""
     c, s = run.config, run.state
     text = (
         f"{run.steps} step{'s' * (run.steps != 1)} ({run.micro / max(len(run.batches), 1):.3g} epochs of "
@@ -243,14 +245,16 @@ def _plan(run: Run) -> str:
     return f"{text}\ngoing on after step {s.step}, from {run.saved}" if run.saved else text
 
 
-def _base(model: nn.Module, recipe: Recipe) -> str:
+def describe_base(model: nn.Module, recipe: Recipe) -> str:
+    """The base in a line, by which a resumed run knows it again."""
     ours = {id(p) for p in weft.adapters.trainable(model, recipe.name).values()}
     sizes = [(p.numel(), p.dtype) for p in model.parameters() if id(p) not in ours]
     kinds = ", ".join(sorted({str(d).removeprefix("torch.") for _, d in sizes}))
     return f"{recipe.model}: {base_class(model).__name__}, {sum(n for n, _ in sizes):,} parameters in {kinds}"
 
 
-def _device(run: Run) -> str:
+def describe_device(run: Run) -> str:
+    """The device in a line, by which a resumed run knows it again."""
     return torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
 
 

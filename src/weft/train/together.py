@@ -22,7 +22,7 @@ from weft.data import join
 from weft.models import load_tokenizer
 from weft.step import fusible, loss_sums
 from weft.train import start
-from weft.train.fit import Result, _adapted, _base, _Data, _device, _finish, _plan, _threads
+from weft.train.fit import Result, RunData, adapted, describe_base, describe_device, describe_plan, finish, with_threads
 from weft.train.guard import Diverged, Interrupted, Signals
 from weft.train.loop import update
 from weft.train.output import Output
@@ -95,31 +95,31 @@ def fit_together(
     outputs = [Output(r, resume, overwrite) for r in recipes]
     lost: dict[str, Diverged] = {}
     results: list[Result] = []
-    with _threads(first.train.threads), Signals() as signals, ExitStack() as after:
+    with with_threads(first.train.threads), Signals() as signals, ExitStack() as after:
         shows = [Show("off" if r.train.progress == "off" else "lines", name=r.name) for r in recipes]
         runs: list[Run] = []
-        data: list[_Data] = []
+        data: list[RunData] = []
         for recipe, output, show in zip(recipes, outputs, shows, strict=True):
-            data.append(_Data(model, recipe, tokenizer))
-            after.enter_context(_adapted(model, recipe, data[-1].batches, output))
+            data.append(RunData(model, recipe, tokenizer))
+            after.enter_context(adapted(model, recipe, data[-1].batches, output))
             run = Run(model, recipe, data[-1].batches, data[-1].evaluations, output, signals, _teller(recipe.name, show, on_event))
             after.callback(output.close)
             after.callback(run.close)
             runs.append(run)
-        for run in runs:  # each _adapted let its own adapter alone require gradients
+        for run in runs:  # each adapted let its own adapter alone require gradients
             for p in run.parameters.values():
                 p.requires_grad_(True)
         for run, output, d, show in zip(runs, outputs, data, shows, strict=True):
-            facts = {"base": _base(model, run.recipe), "data": d.fingerprint, "device": _device(run), "seed": run.recipe.seed}
+            facts = {"base": describe_base(model, run.recipe), "data": d.fingerprint, "device": describe_device(run), "seed": run.recipe.seed}
             run.resume(output.begin(facts))
-            show.text(f"{run.recipe.name}: {_plan(run)}")
+            show.text(f"{run.recipe.name}: {describe_plan(run)}")
             run.tell({"event": "start", "step": run.state.step, "steps": run.steps})
         try:
             train_together(runs, lost)
             for run, output, d in zip(runs, outputs, data, strict=True):
                 if run.recipe.name not in lost:
                     with weft.adapters.using(model, run.recipe.name):
-                        results.append(_finish(run, d, tokenizer, output))
+                        results.append(finish(run, d, tokenizer, output))
         except Interrupted:
             for run in runs:
                 if run.state.step and run.recipe.name not in lost and not run.over():
