@@ -97,8 +97,7 @@ def fit(
             show.text(str(weft.adapters.summary(model)))
             run = Run(model, recipe, data.batches, data.evaluations, output, signals, tell)
             try:
-                facts = {"base": describe_base(model, recipe), "data": data.fingerprint, "device": describe_device(run), "seed": recipe.seed}
-                run.resume(output.begin(facts))
+                run.resume(output.begin(facts(run, data)))
                 show.text(describe_plan(run))
                 tell({"event": "start", "step": run.state.step, "steps": run.steps})
                 train(run)
@@ -245,17 +244,14 @@ def describe_plan(run: Run) -> str:
     return f"{text}\ngoing on after step {s.step}, from {run.saved}" if run.saved else text
 
 
-def describe_base(model: nn.Module, recipe: Recipe) -> str:
-    """The base in a line, by which a resumed run knows it again."""
-    ours = {id(p) for p in weft.adapters.trainable(model, recipe.name).values()}
-    sizes = [(p.numel(), p.dtype) for p in model.parameters() if id(p) not in ours]
+def facts(run: Run, data: RunData) -> dict[str, Any]:
+    """What a run must find again to be resumed: base, data, device and seed."""
+    ours = {id(p) for p in run.parameters.values()}
+    sizes = [(p.numel(), p.dtype) for p in run.model.parameters() if id(p) not in ours]
     kinds = ", ".join(sorted({str(d).removeprefix("torch.") for _, d in sizes}))
-    return f"{recipe.model}: {base_class(model).__name__}, {sum(n for n, _ in sizes):,} parameters in {kinds}"
-
-
-def describe_device(run: Run) -> str:
-    """The device in a line, by which a resumed run knows it again."""
-    return torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+    base = f"{run.recipe.model}: {base_class(run.model).__name__}, {sum(n for n, _ in sizes):,} parameters in {kinds}"
+    device = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+    return {"base": base, "data": data.fingerprint, "device": device, "seed": run.recipe.seed}
 
 
 def _table(result: Result) -> dict[str, str]:

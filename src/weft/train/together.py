@@ -22,7 +22,7 @@ from weft.data import join
 from weft.models import load_tokenizer
 from weft.step import fusible, loss_sums
 from weft.train import start
-from weft.train.fit import Result, RunData, adapted, describe_base, describe_device, describe_plan, finish, with_threads
+from weft.train.fit import Result, RunData, adapted, describe_plan, facts, finish, with_threads
 from weft.train.guard import Diverged, Interrupted, Signals
 from weft.train.loop import update
 from weft.train.output import Output
@@ -110,8 +110,7 @@ def fit_together(
             for p in run.parameters.values():
                 p.requires_grad_(True)
         for run, output, d, show in zip(runs, outputs, data, shows, strict=True):
-            facts = {"base": describe_base(model, run.recipe), "data": d.fingerprint, "device": describe_device(run), "seed": run.recipe.seed}
-            run.resume(output.begin(facts))
+            run.resume(output.begin(facts(run, d)))
             show.text(f"{run.recipe.name}: {describe_plan(run)}")
             run.tell({"event": "start", "step": run.state.step, "steps": run.steps})
         try:
