@@ -79,6 +79,14 @@ def test_a_fault_of_ours(run: Callable[..., Ran], monkeypatch: pytest.MonkeyPatc
     assert ran.code == 1 and "Traceback" in ran.err
 
 
+@pytest.mark.filterwarnings("default")
+def test_a_warning_is_a_line_of_its_own(world: World, run: Callable[..., Ran], tmp_path: Path) -> None:
+    words = ["train", *world.flags, "--output", tmp_path / "out", "--method", "ALoRA", "--method.invocation_tokens", "[7, 7, 7, 7]"]
+    ran = run(*words)
+    assert ran.code == 0 and "\nwarning: no row of the first batch has the invocation tokens (7, 7, 7, 7)" in ran.err
+    assert ".py" not in ran.err and "UserWarning" not in ran.err
+
+
 def test_debug_shows_where_a_mistake_was_found(world: World, run: Callable[..., Ran]) -> None:
     ran = run("generate", "--model", world.a, "hello", "--debug")
     assert ran.code == 2 and "Traceback" in ran.err and "error:" in ran.err

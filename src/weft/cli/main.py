@@ -10,7 +10,8 @@ import errno
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from importlib import import_module
 from typing import Any, NoReturn
@@ -71,7 +72,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run `weft` with these words (None: the process's own). Returns the exit code: 0, 1 our fault, 2 the user's, 130 interrupted."""
     words = list(sys.argv[1:] if argv is None else argv)
     try:
-        code = _run(words)
+        with warnings.catch_warnings():
+            warnings.showwarning = _plainly(warnings.showwarning)
+            code = _run(words)
         sys.stdout.flush()
         return code
     except SystemExit as e:  # argparse's --help
@@ -117,6 +120,17 @@ def overview() -> str:
     ])  # fmt: skip
 
 
+def _plainly(shown: Callable[..., None]) -> Callable[..., None]:
+    """Shows what the user should know as a line of its own, without the place in the code; other warnings as `shown` does."""
+
+    def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+        if category is not UserWarning:
+            return shown(message, category, *where, **more)
+        _print("warning:", "yellow", str(message))
+
+    return show
+
+
 def _judge(e: Exception) -> tuple[str, int]:
     """The message and the exit code for what a command raised."""
     if isinstance(e, UsageError) or _is(e, "weft.core.errors", "WeftError"):
@@ -138,13 +152,20 @@ def _is(e: Exception, module: str, name: str) -> bool:
     return cls is not None and isinstance(e, cls)
 
 
-def _tell(message: str, code: int, words: Sequence[str]) -> int:
+def _print(label: str, style: str, message: str) -> None:
     from rich.console import Console
     from rich.text import Text
 
+    Console(stderr=True, soft_wrap=True, highlight=False).print(Text.assemble((label, style), " " if message else "", message))
+
+
+def _tell(message: str, code: int, words: Sequence[str]) -> int:
     if "--debug" in words:
         traceback.print_exc()
-    label = ("interrupted:", "yellow") if code > 128 else ("error:", "bold red")
-    text = Text("interrupted", "yellow") if message == "interrupted" else Text.assemble(label, " ", message)
-    Console(stderr=True, soft_wrap=True, highlight=False).print(text)
+    if message == "interrupted":
+        _print("interrupted", "yellow", "")
+    elif code > 128:
+        _print("interrupted:", "yellow", message)
+    else:
+        _print("error:", "bold red", message)
     return code
