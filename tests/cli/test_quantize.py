@@ -64,6 +64,14 @@ def test_transformers_with_bitsandbytes_loads_it(base: str, world: World, run: R
         torch.testing.assert_close(theirs(IDS).logits.float(), ours.to(torch.bfloat16)(IDS).logits.float(), rtol=0.1, atol=0.3)
 
 
+def test_a_packed_model_is_packed_again_and_that_is_said(world: World, run: Run, tmp_path: Path) -> None:
+    first, second = tmp_path / "nf4", tmp_path / "int8"
+    ran = run("quantize", world.base, "-o", first, "--device", "cpu")
+    assert ran.code == 0 and "packed already" not in ran.err
+    ran = run("quantize", first, "--base", "int8", "-o", second, "--device", "cpu")
+    assert ran.code == 0 and "packed already" in ran.err and "against those" in ran.err
+
+
 def test_its_table(world: World, run: Run, tmp_path: Path) -> None:
     ran = run("quantize", world.base, "-o", tmp_path / "packed")
     assert ran.code == 0 and "14 weights in nf4" in ran.out and "layers.1.mlp.up_proj" in ran.out

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from weft.cli.common import check_device, err, no_bars, out, step
+from weft.cli.common import check_device, err, no_bars, out, say, step
 from weft.cli.main import UsageError
 from weft.cli.merge import check_target, staged
 
@@ -34,10 +34,14 @@ def run(args: argparse.Namespace) -> int:
         from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
         from weft.models import load_base, parse_base
+        from weft.models.load import skeleton
         from weft.quant import FORMATS, format_of, relative_error
     kind, _ = parse_base(args.base)
     if kind not in FORMATS:
         raise UsageError(f"--base {args.base} is no format that quantises: write nf4, fp4, int8 or fp8")
+    if getattr(skeleton(args.model).config, "quantization_config", None) is not None:
+        say(f"{args.model} is packed already: its numbers are packed once more, and the errors told are against those and not against the "
+            "model that it was made from")  # fmt: skip
     errors: dict[str, float] = {}
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     with no_bars(), Progress(*columns, console=err(), transient=True, disable=not err().is_terminal) as shown:

@@ -255,14 +255,15 @@ def facts(run: Run, data: RunData) -> dict[str, Any]:
 
 
 def _table(result: Result) -> dict[str, str]:
-    def number(value: float | None, form: str) -> str:
-        return "-" if value is None else format(value, form)
-
+    measured = {
+        what: format(value, form)
+        for what, value, form in (
+            ("train loss", result.train_loss, ".4f"), ("eval loss", result.eval_loss, ".4f"), ("exact match", result.exact_match, ".1%"),
+        ) if value is not None
+    }  # fmt: skip
     return {
         "steps": f"{result.steps}" + (f" (the adapter is that of step {result.best_step})" if result.best_step is not None else ""),
-        "train loss": number(result.train_loss, ".4f"),
-        "eval loss": number(result.eval_loss, ".4f"),
-        "exact match": number(result.exact_match, ".1%"),
+        **measured,
         "time": clock(result.seconds),
         "tokens/s": f"{result.tokens_per_s:,.0f}",
         "trained parameters": f"{result.parameters:,}",
