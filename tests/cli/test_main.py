@@ -60,8 +60,17 @@ def test_every_command_has_help(run: Callable[..., Ran], command: str) -> None:
     assert all(action.help for action in parser._actions if action.option_strings)
 
 
-def test_the_help_of_training_begins_with_the_default_method(run: Callable[..., Ran]) -> None:
-    text = run("train", "--help").out
+def test_the_help_of_training_is_that_of_one_method(run: Callable[..., Ran]) -> None:
+    for words, title in (((), "LoRA"), (("--method", "DoRA"), "DoRA"), (("--method=IA3",), "IA3")):
+        text = run("train", *words, "--help").out
+        assert re.findall(r"^method (\w+):$", text, re.M) == [title]
+        assert "weft train --method DoRA --help" in text and ("--method.rank V" in text) == (title != "IA3")
+    ran = run("train", "--method", "Dora", "--help")
+    assert ran.code == 2 and "did you mean DoRA?" in ran.err
+
+
+def test_of_all_methods_the_default_one_comes_first() -> None:
+    text = parser_of("train").format_help()
     titles = re.findall(r"^method (\w+):$", text, re.M)
     assert titles[0] == "LoRA" and titles[1:] == sorted(titles[1:], key=str.lower)
     rank = " ".join(text.split()).partition("--method.rank V")[2].partition("--method.")[0]

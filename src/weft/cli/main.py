@@ -58,12 +58,12 @@ def _unknown(word: str, known: Sequence[str]) -> str:
     return f"unknown flag {word}" + (f"; did you mean {near[0]}?" if near else "")
 
 
-def parser_of(command: str) -> Parser:
-    """The argument parser of one command."""
+def parser_of(command: str, *about: str) -> Parser:
+    """The argument parser of one command; `about` is what the command's own `arguments` takes besides."""
     what = COMMANDS[command]
     shape = argparse.RawDescriptionHelpFormatter
     parser = Parser(prog=f"weft {command}", description=f"{what[0].upper()}{what[1:]}.", formatter_class=shape)
-    import_module(f"weft.cli.{command}").arguments(parser)
+    import_module(f"weft.cli.{command}").arguments(parser, *about)
     parser.add_argument("--debug", action="store_true", help="show the whole traceback of an error")
     return parser
 

@@ -14,8 +14,8 @@ from weft.train import Recipe
 from weft.train.reading import in_words as words
 
 
-def add(parser: argparse.ArgumentParser) -> None:
-    """One flag for every setting, a group for every part of the recipe and for every method."""
+def add(parser: argparse.ArgumentParser, method: str | None = None) -> None:
+    """One flag for every setting, a group for every part of the recipe and for every method, or for the one named."""
     methods = _sorted()
     top = parser.add_argument_group("recipe", _first(Recipe))
     hints, helps = get_type_hints(Recipe), documented(Recipe)
@@ -29,25 +29,25 @@ def add(parser: argparse.ArgumentParser) -> None:
     for f in fields(Recipe):
         kind = hints[f.name]
         if isinstance(kind, type) and issubclass(kind, Method):
-            _methods(parser, f.name)
+            _methods(parser, f.name, method)
         elif is_dataclass(kind):
             group = parser.add_argument_group(f.name, _first(kind))
             for name, inner, default, text in _settings(kind):
                 _flag(group, f"{f.name}.{name}", inner, default, text)
 
 
-def _methods(parser: argparse.ArgumentParser, prefix: str) -> None:
+def _methods(parser: argparse.ArgumentParser, prefix: str, only: str | None) -> None:
     """What all methods have, then what each has of its own. A name that several share stands once, with the default of each."""
-    shared = {f.name for f in fields(Method)}
     group = parser.add_argument_group(prefix, "What every method has.")
     for name, kind, default, text in _settings(Method):
         _flag(group, f"{prefix}.{name}", kind, default, text)
+    shown = {name: cls for name, cls in _sorted().items() if only in (None, name)}
     owners: dict[str, list[tuple[str, Any]]] = {}
-    for title, cls in _sorted().items():
+    for title, cls in shown.items():
         for name, _, default, _ in _settings(cls):
             owners.setdefault(name, []).append((title, default))
-    done = set(shared)
-    for title, cls in _sorted().items():
+    done = {f.name for f in fields(Method)}
+    for title, cls in shown.items():
         own = [s for s in _settings(cls) if s[0] not in done]
         done |= {s[0] for s in own}
         if own:

@@ -8,20 +8,22 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from weft.cli.common import say, step
-from weft.cli.main import UsageError
+from weft.cli.main import UsageError, parser_of
 
 SWITCHES = ("-h", "--help", "--overwrite", "--print-recipe", "--debug")
 VALUED = ("--resume",)
 SHORT = {"--profile": "--train.profile=true", "--no-self-check": "--train.self_check=false"}  # settings under a shorter name
 
 
-def arguments(parser: argparse.ArgumentParser) -> None:
+def arguments(parser: argparse.ArgumentParser, method: str | None = None) -> None:
+    """All flags; of the methods' own those of one, if it is named."""
     parser.usage = "weft train [RECIPE.yaml] [--data.train FILE] [--method.rank 16] [--train.lr 1e-3] [...]"
     parser.epilog = (
         "A flag goes over what the recipe says. Values are written as in YAML: true, null, [a, b], {q_proj: 8}.\n\n"
         "  weft train --data.train rows.jsonl\n"
         "  weft train recipe.yaml --method.rank 8 --output adapters/rank8\n\n"
-        "A run that was stopped goes on where it was when the same command is given again."
+        "A run that was stopped goes on where it was when the same command is given again.\n"
+        "The help of another method: weft train --method DoRA --help"
     )
     parser.add_argument("recipe", nargs="?", metavar="RECIPE.yaml", help="settings; those it does not name keep their defaults")
     parser.add_argument("--overwrite", action="store_true", help="replace the run that the output folder holds")
@@ -32,11 +34,14 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--print-recipe", action="store_true", help="print the whole recipe as YAML, defaults filled in, and stop")
     with step("loading libraries", tell=False):
         from weft.cli import settings
-    settings.add(parser)
+    settings.add(parser, method)
 
 
 def parse(parser: argparse.ArgumentParser, words: Sequence[str]) -> argparse.Namespace:
     """The command's own flags through argparse; settings are left to `load_recipe`, which tells all that is wrong with them at once."""
+    if {"-h", "--help"} & set(words):
+        parser_of("train", _method(words)).print_help()
+        raise SystemExit(0)
     own: list[str] = []
     recipes: list[str] = []
     flags: list[str] = []
@@ -62,6 +67,22 @@ def parse(parser: argparse.ArgumentParser, words: Sequence[str]) -> argparse.Nam
     args = parser.parse_args(own)
     args.recipe, args.flags = recipes[0] if recipes else None, flags
     return args
+
+
+def _method(words: Sequence[str]) -> str:
+    """The method that `--method` names among these words, or the default one."""
+    from weft.core import METHODS
+
+    named = [after for word, after in zip(words, [*words[1:], ""], strict=True) if word == "--method"]
+    named += [word.partition("=")[2] for word in words if word.startswith("--method=")]
+    if not named:
+        return "LoRA"
+    if named[-1] not in METHODS:
+        lower = {name.lower(): name for name in METHODS}
+        near = get_close_matches(named[-1].lower(), lower, n=1)
+        hint = f"did you mean {lower[near[0]]}?" if near else f"there are {', '.join(METHODS)}"
+        raise UsageError(f"there is no method {named[-1]!r}; {hint}")
+    return named[-1]
 
 
 def run(args: argparse.Namespace) -> int:
