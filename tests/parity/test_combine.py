@@ -22,7 +22,9 @@ CASES: list[tuple[str, Callable[[], nn.Module], dict[str, Any]]] = [
     ("linear", gpt2, {}),
     ("cat", llama, {}),
     ("svd", gpt2, dict(svd_rank=3)),
+    ("svd", llama, {}),
     ("svd", llama, dict(svd_rank=5, svd_clamp=0.95)),
+    ("svd", llama, dict(svd_rank=12)),  # more than the parts have together
     ("ties", llama, dict(density=0.4)),
     ("ties", llama, dict(density=0.4, majority_sign_method="frequency")),
     ("ties_svd", llama, dict(density=0.4)),

@@ -71,22 +71,29 @@ def stack(parts: Sequence[Factors], weights: Sequence[float]) -> Factors:
     return Factors(B, torch.cat([p.A for p in parts], dim=1))
 
 
-def shorten(given: Factors, rank: int | None = None) -> tuple[Factors, float]:
-    """The best approximation of that rank (None: the rank that the product really has), and the share of ‖ΔW‖² that it keeps.
-
-    By QR of both factors and the SVD of the small core between them (Eckart and Young 1936 say that it is the best), so that no matrix
-    of the layer's size is ever formed. In fp64, since the rank of a product can be seen only beyond fp32's rounding.
-    """
+def singular(given: Factors) -> tuple[Tensor, Tensor, Tensor]:
+    """U, S, Vᵀ of a product, as many as its factors have rows, in fp64: by QR of both factors and the SVD of the small core between them, so that
+    no matrix of the layer's size is ever formed."""
     Qb, Rb = torch.linalg.qr(given.B.double())
     Qa, Ra = torch.linalg.qr(given.A.double().mT)
     U, S, Vh = torch.linalg.svd(Rb @ Ra.mT)
+    return Qb @ U[:, :, : S.shape[1]], S, Vh[:, : S.shape[1]] @ Qa.mT
+
+
+def shorten(given: Factors, rank: int | None = None) -> tuple[Factors, float]:
+    """The best approximation of that rank (None: the rank that the product really has), and the share of ‖ΔW‖² that it keeps.
+
+    The first singular triplets (Eckart and Young 1936 say that it is the best), in fp64, since the rank of a product can be seen only beyond
+    fp32's rounding.
+    """
+    U, S, Vh = singular(given)
     floor = S.amax() * torch.finfo(torch.float32).eps
     true = int(S.gt(floor).sum(-1).max())
     if rank is None and true == given.rank:
         return given, 1.0  # as it was, to the bit
     keep = max(1, true if rank is None else min(rank, true))
     split = S[:, :keep].sqrt()
-    B, A = (Qb @ U[:, :, :keep]) * split[:, None], split[:, :, None] * (Vh[:, :keep] @ Qa.mT)
+    B, A = U[:, :, :keep] * split[:, None], split[:, :, None] * Vh[:, :keep]
     return Factors(B.float(), A.float()), _share(S[:, :keep].square().sum(), S.square().sum())
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from weft.adapters.attach import attach, attached, check_new
 from weft.adapters.combine import How, plain_lora
-from weft.adapters.combine_algebra import Factors, Majority, factors_of, is_low_rank, refuse, stack
+from weft.adapters.combine_algebra import Factors, Majority, factors_of, is_low_rank, refuse, singular, stack
 from weft.core import Site, WeftError, is_conv1d, sites
 
 
@@ -81,10 +81,15 @@ def combined(how: str, here: Sequence[tuple[Any, float]], layer: Site, rank: int
         B = torch.cat([a.product()[1].detach() for a, _ in here], 1)
         return Factors(B.view_as(stacked.B), stacked.A * scales.view(stacked.A.shape[0], -1, 1))
     if how == "svd" or how.endswith("_svd"):
-        updates = [factors_of(a, layer).dense() for a, _ in here]
+        parts, shares = [factors_of(a, layer) for a, _ in here], [w for _, w in here]
+        together = stack(parts, shares)
+        if how == "svd" and clamp is None and rank <= min(together.rank, together.B.shape[1], together.A.shape[2]):
+            U, S, Vh = (t.float() for t in singular(together))  # what the SVD of the sum gives, without the sum (but for signs, which a clamp sees)
+            return Factors(U[:, :, :rank] * S[:, None, :rank], Vh[:, :rank])
+        updates = [p.dense() for p in parts]
         turned = isinstance(layer, nn.Embedding) or is_conv1d(layer)  # peft throws its dice over the weight as it lies
         updates = [u.mT.contiguous() for u in updates] if turned else updates
-        wanted = _arithmetic(how.removesuffix("_svd"), updates, [w for _, w in here], density, majority)
+        wanted = _arithmetic(how.removesuffix("_svd"), updates, shares, density, majority)
         wanted = wanted.mT if turned else wanted
         U, S, Vh = torch.linalg.svd(wanted, full_matrices=False)
         B, A = U[:, :, :rank] * S[:, None, :rank], Vh[:, :rank]
