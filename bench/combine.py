@@ -2,8 +2,8 @@
 
     python bench/combine.py            (about three minutes)
 
-One process, one thread: a Llama of 32 layers, hidden 256, intermediate 688, with LoRA of rank 8 on its 225 linear layers, the head too. The pruning
-ways of weft work on ΔW whole, which peft does under the names that end in `_svd`, and those are what they are measured against.
+One process, one thread: a Llama of 32 layers, hidden 256, intermediate 688, with LoRA of rank 8 on its 225 linear layers, the head too.
+weft prunes ΔW itself, which peft does under the names that end in `_svd`: those are what it is measured against.
 """
 
 from __future__ import annotations
@@ -61,7 +61,10 @@ def main() -> None:
                 for mine, its in ((part.A, layers[path].lora_A[name]), (part.B, layers[path].lora_B[name])):
                     mine.copy_(0.1 * torch.randn_like(mine))
                     its.weight.copy_(mine)
-    wanted = {p: sum(0.5 * (layers[p].scaling[n] * layers[p].lora_B[n].weight @ layers[p].lora_A[n].weight) for n in "xy") for p in attached(ours, "x")}
+    wanted = {
+        p: sum(0.5 * (layers[p].scaling[n] * layers[p].lora_B[n].weight @ layers[p].lora_A[n].weight) for n in "xy")
+        for p in attached(ours, "x")
+    }
 
     def error(name: str) -> tuple[float, float]:
         """‖Σ wΔW − the result's ΔW‖ over ‖Σ wΔW‖, over all layers, of weft's and of peft's."""
@@ -83,13 +86,20 @@ def main() -> None:
             if "mine" in theirs.peft_config:
                 theirs.delete_adapter("mine")
 
-        mine = timed(lambda: weft.combine(ours, {"x": 0.5, "y": 0.5}, "mine", how, **more), repeat=3, before=anew)  # noqa: B023
-        face = timed(lambda: combine_factors(ours, ["x", "y"], [0.5, 0.5], "factors", its, **more), repeat=3, before=anew)  # noqa: B023
+        mine = timed(lambda: weft.combine(ours, {"x": 0.5, "y": 0.5}, "mine", how, **more), repeat=3, before=anew)
+        face = timed(lambda: combine_factors(ours, ["x", "y"], [0.5, 0.5], "factors", its, **more), repeat=3, before=anew)
         anew()
         weft.combine(ours, {"x": 0.5, "y": 0.5}, "mine", how, **more)
-        slow = timed(lambda: theirs.add_weighted_adapter(["x", "y"], [0.5, 0.5], "mine", its, **more), repeat=2, before=lambda: theirs.delete_adapter("mine") if "mine" in theirs.peft_config else None, warm=0)  # noqa: B023
+        slow = timed(
+            lambda: theirs.add_weighted_adapter(["x", "y"], [0.5, 0.5], "mine", its, **more),
+            repeat=2,
+            before=lambda: theirs.delete_adapter("mine") if "mine" in theirs.peft_config else None,
+            warm=0,
+        )
         off, off_peft = error("mine") if not prunes else (None, None)
-        rows.append({"how": how, "peft_name": its, "weft_s": mine, "face_s": face, "peft_s": slow, "weft_error": off, "peft_error": off_peft})
+        rows.append(
+            {"how": how, "peft_name": its, "weft_s": mine, "face_s": face, "peft_s": slow, "weft_error": off, "peft_error": off_peft}
+        )
         print(rows[-1], flush=True)
 
     table = Table("", "weft.combine", "peft's arithmetic by weft", "peft", "error, weft", "error, peft")
@@ -97,7 +107,15 @@ def main() -> None:
         errors = [f"{e:.2g}" if e is not None else "-" for e in (r["weft_error"], r["peft_error"])]
         table.add_row(r["how"], f"{r['weft_s']:.2f} s", f"{r['face_s']:.2f} s", f"{r['peft_s']:.2f} s", *errors)
     Console(width=120).print(table)
-    print(save("combine", {"rows": rows, "base": f"Llama, 32 layers, hidden 256, {len(wanted)} linear layers, two adapters of rank {RANK}, density {DENSITY}"}))
+    print(
+        save(
+            "combine",
+            {
+                "rows": rows,
+                "base": f"Llama, 32 layers, hidden 256, {len(wanted)} linear layers, two adapters of rank {RANK}, density {DENSITY}",
+            },
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -121,9 +121,20 @@ def methods(result: dict[str, Any]) -> str:
     return f"Over the bare base: {result['base']}.\n\n{table(head, rows)}"
 
 
+def combine(result: dict[str, Any]) -> str:
+    head = ["", "`weft.combine`", "peft's arithmetic, by weft", "peft", "its name for it", "error of ΔW, weft", "error of ΔW, peft"]
+    rows = [
+        [r["how"], *(figure(r[side], "s") for side in ("weft_s", "face_s", "peft_s")), f"`{r['peft_name']}`",
+         *("-" if r[side] is None else figure(r[side]) for side in ("weft_error", "peft_error"))]
+        for r in result["rows"]
+    ]  # fmt: skip
+    return f"Base: {result['base']}; weights 0.5 and 0.5. The error is that against Σ wᵢΔWᵢ, relative.\n\n{table(head, rows)}"
+
+
 # name of the block -> (file, how the file is made, what the block shows)
 BLOCKS: dict[str, tuple[str, str, Callable[[dict[str, Any]], str]]] = {
     "adapters": ("bench/results/adapters.json", "python bench/adapters.py", adapters),
+    "combine": ("bench/results/combine.json", "python bench/combine.py", combine),
     "methods": ("bench/results/methods.json", "python bench/methods.py", methods),
     "step": ("bench/results/step.json", "python bench/step.py", step),
     "step_gpu": ("bench/results/step_gpu.json", "python bench/step.py --device cuda", step),

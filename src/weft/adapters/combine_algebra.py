@@ -72,8 +72,10 @@ def stack(parts: Sequence[Factors], weights: Sequence[float]) -> Factors:
 
 
 def singular(given: Factors) -> tuple[Tensor, Tensor, Tensor]:
-    """U, S, Vᵀ of a product, as many as its factors have rows, in fp64: by QR of both factors and the SVD of the small core between them, so that
-    no matrix of the layer's size is ever formed."""
+    """U, S, Vᵀ of a product in fp64, as many triplets as its factors allow.
+
+    By QR of both factors and the SVD of the small core between them, so that no matrix of the layer's size is ever formed.
+    """
     Qb, Rb = torch.linalg.qr(given.B.double())
     Qa, Ra = torch.linalg.qr(given.A.double().mT)
     U, S, Vh = torch.linalg.svd(Rb @ Ra.mT)
@@ -83,8 +85,8 @@ def singular(given: Factors) -> tuple[Tensor, Tensor, Tensor]:
 def shorten(given: Factors, rank: int | None = None) -> tuple[Factors, float]:
     """The best approximation of that rank (None: the rank that the product really has), and the share of ‖ΔW‖² that it keeps.
 
-    The first singular triplets (Eckart and Young 1936 say that it is the best), in fp64, since the rank of a product can be seen only beyond
-    fp32's rounding.
+    These are the first singular triplets (Eckart and Young 1936 say that they are the best), in fp64, since the rank of a product can be
+    seen only beyond fp32's rounding.
     """
     U, S, Vh = singular(given)
     floor = S.amax() * torch.finfo(torch.float32).eps

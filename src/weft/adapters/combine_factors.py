@@ -84,7 +84,7 @@ def combined(how: str, here: Sequence[tuple[Any, float]], layer: Site, rank: int
         parts, shares = [factors_of(a, layer) for a, _ in here], [w for _, w in here]
         together = stack(parts, shares)
         if how == "svd" and clamp is None and rank <= min(together.rank, together.B.shape[1], together.A.shape[2]):
-            U, S, Vh = (t.float() for t in singular(together))  # what the SVD of the sum gives, without the sum (but for signs, which a clamp sees)
+            U, S, Vh = (t.float() for t in singular(together))  # the sum's own SVD without the sum, but for signs, which a clamp sees
             return Factors(U[:, :, :rank] * S[:, None, :rank], Vh[:, :rank])
         updates = [p.dense() for p in parts]
         turned = isinstance(layer, nn.Embedding) or is_conv1d(layer)  # peft throws its dice over the weight as it lies
