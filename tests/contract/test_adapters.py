@@ -17,7 +17,9 @@ from torch import Tensor, nn
 
 import weft
 from tests.conftest import ConvNet, Plain, gpt2, jolt, llama
+from tests.parity.families import FAMILIES
 from weft.adapters import attached, names, trainable
+from weft.adapters.bypassed import never_called
 
 
 def _paths(model: nn.Module) -> list[str]:
@@ -64,6 +66,31 @@ def test_a_layer_that_is_never_called_is_refused() -> None:
     assert set(_paths(weft.adapt(model, weft.LoRA(rank=2)))) == {"linear1", "linear2"}
     with pytest.raises(weft.WeftError, match="never calls it"):
         weft.adapt(nn.TransformerEncoderLayer(16, 2, 32), weft.LoRA(rank=2, targets="out_proj"))
+
+
+def test_a_layer_whose_weight_alone_is_read_is_no_target() -> None:
+    """Mamba computes with the weights of dt_proj and conv1d and calls neither: merged, an adapter there would be another function."""
+    ids = torch.arange(3, 10)[None]
+    for method in (weft.LoRA(rank=2), weft.BitFit(add=True), weft.Full(), weft.LoKr(rank=2, targets="all")):
+        torch.manual_seed(0)
+        model = FAMILIES["Mamba"].make().eval()
+        ends = {p.rpartition(".")[2] for p in _paths(weft.adapt(model, method))}
+        assert {"in_proj", "x_proj", "out_proj"} <= ends and not ends & {"dt_proj", "conv1d"}
+        jolt(model, 0.05)
+        model(ids).logits.square().mean().backward()
+        assert all(p.grad is not None for p in weft.adapters.trainable(model, "default").values())
+        want = model(ids).logits
+        weft.merge(model, untie=True)
+        assert torch.allclose(model(ids).logits, want, atol=1e-4)
+    with pytest.raises(weft.WeftError, match="'dt_proj' is inside MambaMixer, which reads its weight and never calls it"):
+        weft.adapt(FAMILIES["Mamba"].make(), weft.LoRA(rank=2, targets=["in_proj", "dt_proj"]))
+
+
+def test_only_layers_that_are_never_called_are_left_out() -> None:
+    for name, family in FAMILIES.items():
+        everything = dict(family.make().named_modules())
+        left = {p.rpartition(".")[2] for p in everything if never_called(everything, p)}
+        assert left == ({"dt_proj", "conv1d"} if name == "Mamba" else set()), name
 
 
 def test_torch_s_own_encoder_does_not_bypass_the_adapter() -> None:

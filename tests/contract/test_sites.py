@@ -167,9 +167,9 @@ def test_a_whole_life(named: str, dtype: torch.dtype, how: str, tmp_path: Path) 
     twin = copy.deepcopy(model)
     x = model.batch()
     x = x.to(dtype) if x.is_floating_point() else x
-    loose = (2e-2 if site != "model" else 4e-2) if dtype == torch.bfloat16 else 5e-5
+    loose = 2e-2 if dtype == torch.bfloat16 else 5e-5
     torch._dynamo.reset()
-    run: Any = torch.compile(model, backend="aot_eager") if how == "compiled" else model
+    run: Any = torch.compile(model, backend="eager") if how == "compiled" else model
 
     def out(of: Any = None) -> Tensor:
         with torch.no_grad():
@@ -187,7 +187,7 @@ def test_a_whole_life(named: str, dtype: torch.dtype, how: str, tmp_path: Path) 
         weft.adapt(model, method, name)
         if not seed:
             assert kind in ("PrefixTuning", "PromptTuning", "PTuning") or near(out(), bare), "the base is untouched at the start"
-        jolt(nn.ModuleList(attached(model, name).values()), 0.3, seed)
+        jolt(nn.ModuleList(attached(model, name).values()), 0.1 if site == "model" else 0.3, seed)
     alone = {None: bare}
     for name in "ab":
         weft.use(model, name)

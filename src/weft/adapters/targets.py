@@ -9,6 +9,7 @@ from difflib import get_close_matches
 
 from torch import nn
 
+from weft.adapters.bypassed import never_called
 from weft.core import Method, WeftError, base_class, is_linear, matcher, modules, several
 
 HEADS = ("score", "classifier")  # the task heads of transformers' classifiers, which have no get_output_embeddings()
@@ -18,7 +19,8 @@ def find(model: nn.Module, method: Method, strict: bool = True) -> dict[str, nn.
     """The modules that `method` adapts, by path, in the model's order.
 
     Args:
-        strict: Every single target must match something. Without it (files made elsewhere) only no match at all is an error.
+        strict: Every single target must match something, and a layer that is never called is none. Without it (files made elsewhere) only
+            no match at all is an error.
     Raises:
         WeftError: naming each target that matches nothing, or nothing that the method can adapt, with what could have matched.
     """
@@ -27,7 +29,7 @@ def find(model: nn.Module, method: Method, strict: bool = True) -> dict[str, nn.
             raise WeftError("layers_to_transform chooses among the targets, and there are none: name parameters with their layer")
         return {}
     everything = dict(modules(model))
-    able = {path: m for path, m in everything.items() if method.accepts(m) and not _bypassed(everything, path)}
+    able = {path: m for path, m in everything.items() if method.accepts(m) and not (strict and never_called(everything, path))}
     head = _heads(model, everything)
     chosen: set[str] = set()
     wrong: list[str] = []
@@ -111,18 +113,14 @@ def _heads(model: nn.Module, everything: Mapping[str, nn.Module]) -> set[str]:
     return {p for p, m in everything.items() if (head is not None and m is head) or p in HEADS}
 
 
-def _bypassed(everything: Mapping[str, nn.Module], path: str) -> bool:
-    """nn.MultiheadAttention reads out_proj's weight and never calls its forward, so an adapter there would do nothing."""
-    return isinstance(everything.get(path.rpartition(".")[0]), nn.MultiheadAttention)
-
-
 def _why(target: str, everything: Mapping[str, nn.Module], able: Mapping[str, nn.Module], method: Method) -> str:
     match = matcher(target)
     hits = [p for p in everything if match(p)]
     if hits:
         kind = base_class(everything[hits[0]]).__name__
-        if _bypassed(everything, hits[0]):
-            return f"targets={target!r} is inside nn.MultiheadAttention, which never calls it: an adapter there would do nothing"
+        if never_called(everything, hits[0]):
+            parent = base_class(everything[hits[0].rpartition(".")[0]]).__name__
+            return f"targets={target!r} is inside {parent}, which reads its weight and never calls it: an adapter there would do nothing"
         return f"targets={target!r} matches only {kind} ({hits[0]}), which {type(method).__name__} cannot adapt"
     if "," in target and not target.startswith("re:"):
         return f"targets={target!r} matches no module; several are a list: '[{', '.join(w.strip(' []') for w in target.split(','))}]'"
