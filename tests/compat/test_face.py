@@ -24,6 +24,7 @@ from tests.compat.stories_alora import HOW, config, out
 from tests.conftest import llama
 from tests.contract.test_alora import rows
 from tests.parity.families import FAMILIES
+from weft.compat.peft.layers import framework
 from weft.compat.peft.targets import _find_minimal_target_modules
 
 
@@ -108,6 +109,18 @@ def test_a_model_goes_through_a_pickle_and_a_copy_keeps_its_own() -> None:
     assert torch.equal(logits(again), logits(model))
     again.base_model.model.model.layers[0].mlp.down_proj.lora_B["default"].weight.data.zero_()
     assert not torch.equal(logits(again), logits(model))
+
+
+def test_another_adapter_is_no_walk_over_those_that_are_there() -> None:
+    """What adding, choosing and freezing go through is as large with thirty adapters as with one, and each still trains alone."""
+    model = made()
+    walked = [m for _, m in framework(model)]
+    for i in range(30):
+        model.add_adapter(f"a{i}", face.LoraConfig(r=2, target_modules=["q_proj", "down_proj"]))
+    assert [m for _, m in framework(model)] == walked
+    model.set_adapter("a7")
+    trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert trained and all(".a7." in n for n in trained)
 
 
 def test_a_failed_adapter_leaves_nothing_behind() -> None:

@@ -7,7 +7,7 @@ chosen while all are switched off, and which are merged.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, cast
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from weft.adapters.merge import fold
 from weft.compat.peft.kinds import as_value_error
 from weft.compat.peft.views import BufferDict, HiddenSlot, bare, frozen_dtype, hide, holder, parts, show
-from weft.core import Adapter, Front, Mixture, Site, activate, close_site, is_conv1d, masters, slot_of, unmerged
+from weft.core import Adapter, Front, Mixture, Site, Slot, activate, close_site, is_conv1d, masters, slot_of, unmerged
 from weft.quant import dense, settle
 
 
@@ -190,22 +190,23 @@ class BaseTunerLayer(Front):
     def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
         """Choose the adapters that work. Those train from now on (unless for inference), the others do not."""
         chosen = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-        for name in self.names:
-            self._requires_grad(name, name in chosen and not inference_mode)
+        self._require_grad({name: name in chosen and not inference_mode for name in self.trains})
         self._active_adapter = chosen
         self.settle()
 
-    def _requires_grad(self, name: str, flag: bool) -> None:
-        for parameter in self.trains[name]:
-            p = self.slot[name]._parameters[parameter]
-            if p is not None and p.is_floating_point():
-                p.requires_grad_(flag)
+    def _require_grad(self, flags: Mapping[str, bool]) -> None:
+        slot = self.slot
+        for name, flag in flags.items():
+            held = slot[name]._parameters
+            for parameter in self.trains[name]:
+                p = held[parameter]
+                if p is not None and p.requires_grad != flag and p.is_floating_point():
+                    p.requires_grad_(flag)
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Let adapters train or not, whether they work or not."""
-        for name in {adapter_names} if isinstance(adapter_names, str) else set(adapter_names):
-            if name in self.trains:
-                self._requires_grad(name, requires_grad)
+        named = {adapter_names} if isinstance(adapter_names, str) else set(adapter_names)
+        self._require_grad(dict.fromkeys(named & set(self.trains), requires_grad))
 
     def enable_adapters(self, enabled: bool) -> None:
         """Switch all adapters of this layer on or off; which ones are chosen is kept, and so is what may train."""
@@ -343,9 +344,23 @@ def check_adapters_to_merge(module: Any, adapter_names: list[str] | None = None)
     return list(names)
 
 
+def framework(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """As `named_modules()`, but nothing of what adapters are made of: the cost does not grow with their number."""
+    seen: set[int] = set()
+    stack: list[tuple[str, nn.Module]] = [("", model)]
+    while stack:
+        path, module = stack.pop()
+        if id(module) in seen or isinstance(module, Slot):
+            continue
+        seen.add(id(module))
+        yield path, module
+        inside = ["base_layer"] if isinstance(module, BaseTunerLayer) else list(module._modules)
+        stack.extend((f"{path}.{n}" if path else n, child) for n in reversed(inside) if (child := module._modules[n]) is not None)
+
+
 def fronts(model: nn.Module) -> list[BaseTunerLayer]:
     """All fronts in a model."""
-    return [m for m in model.modules() if isinstance(m, BaseTunerLayer)]
+    return [m for _, m in framework(model) if isinstance(m, BaseTunerLayer)]
 
 
 def cast_adapter(adapter: Adapter, site: nn.Module, autocast: bool) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from weft.compat.peft.layers import BaseTunerLayer, cast_adapter
+from weft.compat.peft.layers import BaseTunerLayer, cast_adapter, framework
 from weft.compat.peft.wrappers import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, choose_whole
 
 
@@ -16,7 +16,7 @@ def set_adapter(
 ) -> None:
     """Choose the adapters that work, and that train unless it is for inference."""
     choose_whole(model, adapter_name, inference_mode)
-    for module in list(model.modules()):
+    for _, module in list(framework(model)):
         if isinstance(module, layer_cls):
             if module.merged:
                 warnings.warn("Adapter cannot be set when the model is merged. Unmerging the model first.", stacklevel=4)
@@ -26,14 +26,14 @@ def set_adapter(
 
 def set_requires_grad(model: nn.Module, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
     """Let adapters train or not."""
-    for module in list(model.modules()):
+    for _, module in list(framework(model)):
         if isinstance(module, BaseTunerLayer | ModulesToSaveWrapper):
             module.set_requires_grad(adapter_names, requires_grad)
 
 
 def enable(model: nn.Module, enabled: bool) -> None:
     """Switch all adapters on or off."""
-    for module in list(model.modules()):
+    for _, module in list(framework(model)):
         if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
             module.enable_adapters(enabled)
 
@@ -43,11 +43,11 @@ def delete_adapter(
 ) -> list[str] | None:
     """Take an adapter off every layer; the adapters that work now, or None if no layer has one."""
     rest: list[str] | None = None
-    for module in list(model.modules()):
+    for _, module in list(framework(model)):
         if isinstance(module, layer_cls):
             module.delete_adapter(adapter_name)
             rest = list(module.active_adapters) if rest is None else rest
-    for module in list(model.modules()):
+    for _, module in list(framework(model)):
         if isinstance(module, AuxiliaryTrainingWrapper):
             module.delete_adapter(adapter_name, new_active_adapters=rest)
     return rest
@@ -55,6 +55,6 @@ def delete_adapter(
 
 def cast_adapter_dtype(model: nn.Module, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
     """16-bit adapters become fp32, unless `autocast_adapter_dtype` is off."""
-    for module in list(model.modules()):
+    for _, module in list(framework(model)):
         if autocast_adapter_dtype and isinstance(module, BaseTunerLayer) and adapter_name in module.trains:
             cast_adapter(module.slot[adapter_name], module.get_base_layer(), True)

@@ -17,7 +17,7 @@ from weft.compat.peft.config import PeftConfig
 from weft.compat.peft.defaults import IA3_FEEDFORWARD, TARGETS
 from weft.compat.peft.families import LAYERS, front_class
 from weft.compat.peft.kinds import PeftType, as_value_error
-from weft.compat.peft.layers import BaseTunerLayer, cast_adapter, fronts
+from weft.compat.peft.layers import BaseTunerLayer, cast_adapter, framework, fronts
 from weft.compat.peft.layers_lora import mend_fan_in_fan_out
 from weft.compat.peft.methods import method_of
 from weft.compat.peft.moe import fuse_config
@@ -176,8 +176,9 @@ class BaseTuner(Front):
         with as_value_error(), torch.device("meta" if low_cpu_mem_usage else "cpu"):
             built = {} if method.elsewhere() else method.build_all({p: cast(Any, everything[p]) for p in targeted})
             built |= parameters.build(method, everything, beyond) | tokens.build(method, everything, targeted)
-        first = not fronts(model)
-        trains = {} if first else {id(p): (p, p.requires_grad) for p in model.parameters()}
+        there = fronts(model)
+        owners = [*(m for _, m in framework(model)), *(f.slot[n] for f in there for n in f.names)] if there else []
+        trains = {id(p): (p, p.requires_grad) for m in owners for p in m._parameters.values() if p is not None}
         for adapter in built.values():
             adapter.method = method
         put_door(model, built, adapter_name, [cast(Any, everything[p]) for p in targeted])
@@ -225,11 +226,11 @@ class BaseTuner(Front):
 
     def _freeze(self, model: nn.Module) -> None:
         """Only adapters, copies and the biases that were asked for may train."""
-        own = {id(p) for f in fronts(model) for n in f.names for p in f.slot[n].parameters()}
-        own |= {id(p) for m in model.modules() if isinstance(m, ModulesToSaveWrapper) for p in m.parameters()}
-        for p in model.parameters():
-            if id(p) not in own:
-                p.requires_grad_(False)
+        own = {id(p) for _, m in framework(model) if isinstance(m, ModulesToSaveWrapper) for p in m.parameters()}
+        for _, module in framework(model):  # which shows no adapter's own
+            for p in module._parameters.values():
+                if p is not None and id(p) not in own:
+                    p.requires_grad_(False)
         for name in self.active_adapters:
             bias = getattr(self.peft_config[name], "bias", "none") if name in self.peft_config else "none"
             if bias == "all":

@@ -11,7 +11,7 @@ from typing import Any, cast
 from torch import nn
 
 from weft.compat.peft.kinds import PeftType
-from weft.compat.peft.layers import fronts
+from weft.compat.peft.layers import framework, fronts
 from weft.compat.peft.state import EMBEDDING_LAYER_NAMES
 from weft.compat.peft.targets import match_target_against_key
 from weft.compat.peft.wrappers import ModulesToSaveWrapper, wrap_whole
@@ -84,7 +84,7 @@ def _sharing(model: Any, everything: Mapping[str, nn.Module]) -> tuple[str, list
 
 def tie_whole(model: Any, config: Any, name: str, active: bool, path: str, others: list[str]) -> None:
     """Give the modules tied to the embedding a copy for this adapter that has the embedding's copy as its weight."""
-    found = dict(model.named_modules())
+    found = dict(framework(model))
     source = found.get(path)
     if not others or not isinstance(source, ModulesToSaveWrapper) or name not in source.modules_to_save:
         return
@@ -97,7 +97,7 @@ def tie_whole(model: Any, config: Any, name: str, active: bool, path: str, other
 def tie_factors(model: Any, name: str, path: str, others: list[str]) -> None:
     """Let the adapter of a tied module be the embedding's, turned: A = B_embᵀ and B = A_embᵀ, in the same memory."""
     found = {f.get_base_layer(): f for f in fronts(model) if name in f.trains}
-    at = {p: m for p, m in ((p, behind(m)) for p, m in model.named_modules()) if p in (path, *others)}
+    at = {p: m for p, m in ((p, behind(m)) for p, m in framework(model)) if p in (path, *others)}
     source = found.get(at.get(path, model))
     for other in others if source is not None else ():
         target = found.get(at[other])

@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from weft.compat.peft.layers import BaseTunerLayer
+from weft.compat.peft.layers import BaseTunerLayer, framework
 from weft.core import Front, modules
 
 
@@ -206,7 +206,7 @@ def wrap_whole(model: nn.Module, config: Any, name: str, activate: bool) -> None
 
 def choose_whole(model: nn.Module, names: str | Sequence[str], inference_mode: bool = False) -> None:
     """Let each wrapped module compute with the copy of one of these adapters, or with the original."""
-    for module in list(model.modules()):
+    for _, module in list(framework(model)):
         if isinstance(module, AuxiliaryTrainingWrapper):
             chosen = module.check_set_adapter(names)
             module.set_adapter([chosen] if chosen in module._adapters else [], inference_mode=inference_mode)
