@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from weft.adapters.attach import attach, attached, build, check_new, device_of, names
 from weft.adapters.card import card
-from weft.adapters.formats import OWN, PREFIX, Format, format_for, format_of, key, unknown
+from weft.adapters.formats import OWN, PREFIX, Format, diffusers, format_for, format_of, key, unknown
 from weft.adapters.formats.notes import encoded, with_notes
 from weft.adapters.formats.per_expert import fusing
 from weft.adapters.targets import whole, with_tied
@@ -104,7 +104,7 @@ def tensors(adapters: Mapping[str, Adapter], format: Format) -> dict[str, Tensor
 
 
 def load(model: Model, folder: str | os.PathLike[str], name: str = "default") -> Model:
-    """Attach a saved adapter (weft's or peft's) under a name, and let it alone work.
+    """Attach a saved adapter (weft's, peft's, or a LoRA of diffusers') under a name, and let it alone work.
 
     Raises:
         WeftError: no adapter there, a pickle, a truncated file, a method or option that weft does not have, or tensors that do not
@@ -112,12 +112,16 @@ def load(model: Model, folder: str | os.PathLike[str], name: str = "default") ->
     """
     check_new(model, name)
     source = Path(folder)
-    config = read_config(source)
-    path = weights_file(source)
+    theirs = diffusers.file_of(source)
+    config = read_config(source) if theirs is None else {}
+    path = weights_file(source) if theirs is None else theirs
     try:
+        with _opened(path) as file:
+            config = config or diffusers.told(file, model)[0]
         _check_task(config, model)
         format = format_for(config)
-        with _opened(path) as file:
+        with _opened(path) as opened:
+            file = diffusers.told(opened, model)[1] if theirs else opened
             method = with_notes(format.told(format.read(config), file.keys()), file.metadata(), format.noted)
             older, held = fusing(file, method, model), set(file.keys())
         method = method if older is None else older.method
@@ -130,7 +134,8 @@ def load(model: Model, folder: str | os.PathLike[str], name: str = "default") ->
     except WeftError as e:
         raise WeftError(f"{source}: {e}") from None
     with _opened(path) as opened:
-        file = opened if older is None else older(opened)
+        file = diffusers.told(opened, model)[1] if theirs else opened
+        file = file if older is None else older(file)
         wanted = _match(built, file, path, model, format.beside)
         place = {path: device_of(module) for path, module in modules(model) if path in built}
         made: dict[int, nn.Parameter] = {}

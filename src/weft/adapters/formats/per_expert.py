@@ -59,6 +59,9 @@ class Fused:
     def keys(self) -> list[str]:
         return [k for k in self.file.keys() if k not in self.gone] + list(self.made)  # noqa: SIM118 (a safetensors file is no mapping)
 
+    def metadata(self) -> Any:
+        return self.file.metadata()
+
     def get_slice(self, name: str) -> Any:
         return Shape(self.made[name][0]) if name in self.made else self.file.get_slice(name)
 
