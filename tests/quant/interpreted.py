@@ -10,7 +10,7 @@ import torch
 from weft.kernels.eight_bit import dequantise_8bit, dequantise_8bit_reference
 from weft.kernels.four_bit import dequantise_4bit, dequantise_4bit_reference
 from weft.kernels.fp8_gemm import transposed
-from weft.kernels.triton import usable
+from weft.kernels.launch import usable
 from weft.quant import FORMATS
 
 

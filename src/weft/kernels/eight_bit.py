@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from weft.kernels.launch import kernels, usable
 from weft.kernels.scratch import real
-from weft.kernels.triton import dequantise_8bit_triton, usable
 
 TILE = 128  # rows and columns that share a scale in DeepSeek's and Qwen's fp8 checkpoints
 
@@ -52,7 +52,7 @@ def dequantise_8bit(
         return made if out is None else out.copy_(made)
     out = torch.empty(shape, dtype=dtype, device=packed.device) if out is None else out
     if usable(packed):
-        return dequantise_8bit_triton(packed, scale, out, *tiles(shape, scale))
+        return kernels().dequantise_8bit_triton(packed, scale, out, *tiles(shape, scale))
     return dequantise_8bit_reference(packed.view(shape), scale, out)
 
 

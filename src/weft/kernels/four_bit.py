@@ -13,8 +13,8 @@ from math import prod
 import torch
 from torch import Tensor
 
+from weft.kernels.launch import kernels, usable
 from weft.kernels.scratch import real
-from weft.kernels.triton import dequantise_4bit_triton, usable
 
 # fmt: off
 # The levels of NF4 are written out: the formula of the paper gives 10 of the 16 bit for bit at best, whoever computes the quantiles.
@@ -121,7 +121,8 @@ def dequantise_4bit(
     out = torch.empty(shape, dtype=dtype, device=packed.device) if out is None else out
     if usable(packed):
         block, place = block_size(out.numel(), absmax.numel()), packed.device
-        return dequantise_4bit_triton(packed, absmax, nested_absmax, nested_offset, table(kind, place), dynamic(place), out, block)
+        luts = table(kind, place), dynamic(place)
+        return kernels().dequantise_4bit_triton(packed, absmax, nested_absmax, nested_offset, *luts, out, block)
     return dequantise_4bit_reference(packed, absmax, nested_absmax, nested_offset, kind, out)
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from weft.kernels.triton import transpose_bytes_triton, usable
+from weft.kernels.launch import kernels, usable
 
 E4M3 = torch.float8_e4m3fn
 LARGEST = 448.0
@@ -33,7 +33,7 @@ def transposed(w: Tensor) -> Tensor:
     """w (n, k), one byte an element -> (k, n), contiguous."""
     if not usable(w):
         return w.t().contiguous()
-    return transpose_bytes_triton(w, w.new_empty(w.shape[::-1]))
+    return kernels().transpose_bytes_triton(w, w.new_empty(w.shape[::-1]))
 
 
 @transposed.register_fake

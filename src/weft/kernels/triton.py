@@ -1,69 +1,57 @@
 """The Triton kernels that decode a weight, or turn it round, in one launch, where Triton is installed: on a card, or on a CPU under
-TRITON_INTERPRET=1.
+TRITON_INTERPRET=1. `weft.kernels.launch` imports this when it is needed: Triton takes 0.15 seconds.
 
 Fusing of multiply and add is off (enable_fp_fusion=False): a fused map · absmax + offset moves 6% of the scales by an ulp.
 """
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # a CPU build of torch has none, and then the plain twin does the work
-    triton = None
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+@triton.jit
+def _four(  # type: ignore[no-untyped-def]
+    q, absmax, code2, absmax2, offset, lut, out, nbytes, numel, blocks, HALF: tl.constexpr, NESTED: tl.constexpr, MANY: tl.constexpr
+):  # fmt: skip
+    block = tl.program_id(0).to(tl.int64) * MANY + tl.arange(0, MANY)  # MANY blocks of HALF bytes each
+    there = block < blocks
+    if NESTED:
+        code = tl.load(absmax + block, mask=there, other=0).to(tl.int32)
+        scale = tl.load(code2 + code) * tl.load(absmax2 + (block >> 8), mask=there, other=0.0)
+        scale = scale + tl.load(offset)
+    else:
+        scale = tl.load(absmax + block, mask=there, other=0.0)
+    i = block[:, None] * HALF + tl.arange(0, HALF)[None, :]
+    byte = tl.load(q + i, mask=i < nbytes, other=0).to(tl.int32)
+    high = tl.load(lut + (byte >> 4)) * scale[:, None]
+    low = tl.load(lut + (byte & 15)) * scale[:, None]
+    both = tl.join(high, low).reshape(MANY, 2 * HALF).to(out.dtype.element_ty)
+    j = block[:, None] * (2 * HALF) + tl.arange(0, 2 * HALF)[None, :]
+    tl.store(out + j, both, mask=j < numel)
 
 
-def usable(tensor: Tensor) -> bool:
-    """Whether the kernels can work on this tensor."""
-    return triton is not None and (tensor.device.type == "cuda" or (INTERPRETED and tensor.device.type == "cpu"))
+@triton.jit
+def _eight(q, scale, out, rows, columns, high, wide, across, per, SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
+    row = tl.program_id(0).to(tl.int64)  # over all leading dimensions
+    column = tl.program_id(1) * SIZE + tl.arange(0, SIZE)
+    inside = column < columns
+    first = (row // rows) * per + ((row % rows) // high) * across
+    s = tl.load(scale + first + column // wide, mask=inside, other=0.0)
+    value = tl.load(q + row * columns + column, mask=inside, other=0.0).to(tl.float32) * s
+    tl.store(out + row * columns + column, value.to(out.dtype.element_ty), mask=inside)
 
 
-if triton is not None:
-
-    @triton.jit
-    def _four(  # type: ignore[no-untyped-def]
-        q, absmax, code2, absmax2, offset, lut, out, nbytes, numel, blocks, HALF: tl.constexpr, NESTED: tl.constexpr, MANY: tl.constexpr
-    ):  # fmt: skip
-        block = tl.program_id(0).to(tl.int64) * MANY + tl.arange(0, MANY)  # MANY blocks of HALF bytes each
-        there = block < blocks
-        if NESTED:
-            code = tl.load(absmax + block, mask=there, other=0).to(tl.int32)
-            scale = tl.load(code2 + code) * tl.load(absmax2 + (block >> 8), mask=there, other=0.0)
-            scale = scale + tl.load(offset)
-        else:
-            scale = tl.load(absmax + block, mask=there, other=0.0)
-        i = block[:, None] * HALF + tl.arange(0, HALF)[None, :]
-        byte = tl.load(q + i, mask=i < nbytes, other=0).to(tl.int32)
-        high = tl.load(lut + (byte >> 4)) * scale[:, None]
-        low = tl.load(lut + (byte & 15)) * scale[:, None]
-        both = tl.join(high, low).reshape(MANY, 2 * HALF).to(out.dtype.element_ty)
-        j = block[:, None] * (2 * HALF) + tl.arange(0, 2 * HALF)[None, :]
-        tl.store(out + j, both, mask=j < numel)
-
-    @triton.jit
-    def _eight(q, scale, out, rows, columns, high, wide, across, per, SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
-        row = tl.program_id(0).to(tl.int64)  # over all leading dimensions
-        column = tl.program_id(1) * SIZE + tl.arange(0, SIZE)
-        inside = column < columns
-        first = (row // rows) * per + ((row % rows) // high) * across
-        s = tl.load(scale + first + column // wide, mask=inside, other=0.0)
-        value = tl.load(q + row * columns + column, mask=inside, other=0.0).to(tl.float32) * s
-        tl.store(out + row * columns + column, value.to(out.dtype.element_ty), mask=inside)
-
-    @triton.jit
-    def _turned(q, out, rows, columns, SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
-        r = (tl.program_id(0) * SIZE + tl.arange(0, SIZE)).to(tl.int64)
-        c = (tl.program_id(1) * SIZE + tl.arange(0, SIZE)).to(tl.int64)
-        tile = tl.load(q + r[:, None] * columns + c[None, :], mask=(r[:, None] < rows) & (c[None, :] < columns), other=0)
-        tl.store(out + c[:, None] * rows + r[None, :], tl.trans(tile), mask=(c[:, None] < columns) & (r[None, :] < rows))
+@triton.jit
+def _turned(q, out, rows, columns, SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
+    r = (tl.program_id(0) * SIZE + tl.arange(0, SIZE)).to(tl.int64)
+    c = (tl.program_id(1) * SIZE + tl.arange(0, SIZE)).to(tl.int64)
+    tile = tl.load(q + r[:, None] * columns + c[None, :], mask=(r[:, None] < rows) & (c[None, :] < columns), other=0)
+    tl.store(out + c[:, None] * rows + r[None, :], tl.trans(tile), mask=(c[:, None] < columns) & (r[None, :] < rows))
 
 
 def dequantise_4bit_triton(
