@@ -22,6 +22,11 @@ def course(out: Path) -> list[dict]:
     return [{k: v for k, v in json.loads(line).items() if k in COURSE} for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
+def newest(out: Path) -> int:
+    """The step of the newest checkpoint."""
+    return max((int(p.name[5:]) for p in out.glob("checkpoints/step-*")), default=0)
+
+
 def saving(out: Path) -> bool:
     return any(out.glob("checkpoints/.weft-tmp-*")) or any(out.glob(".weft-tmp-*"))
 
@@ -66,6 +71,11 @@ def test_killed_and_resumed_is_never_stopped(tmp_path, kills, overrides, capsys)
                 patience = rng.randint(0, 3)
                 while process.is_alive() and time.monotonic() < until and (patience := patience - saving(out)) >= 0:
                     time.sleep(0.0005)
+            elif attempts % 3 == 1:  # some time after it got further than the one before it, however long starting takes
+                before, until = newest(out), time.monotonic() + 3 * length
+                while process.is_alive() and time.monotonic() < until and newest(out) == before:
+                    time.sleep(0.001)
+                time.sleep(rng.uniform(0, 0.5 * length / kills))
             else:
                 time.sleep(rng.uniform(0, 1.6 * length / kills))
             if process.is_alive():
@@ -73,7 +83,7 @@ def test_killed_and_resumed_is_never_stopped(tmp_path, kills, overrides, capsys)
                 process.kill()
                 process.join()
                 survived += 1
-                at.append(max((int(p.name[5:]) for p in out.glob("checkpoints/step-*")), default=0))
+                at.append(newest(out))
             else:
                 assert process.exitcode == 0, f"seed {seed}"
                 break
