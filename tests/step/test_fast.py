@@ -190,6 +190,17 @@ def test_products_in_fp8(monkeypatch, spoilt):
     assert not any(m.narrow for _, m in modules(model) if hasattr(m, "narrow"))
 
 
+def test_a_layer_that_the_checked_batch_never_reaches_is_not_taken(monkeypatch):
+    model = build("Llama", {}).requires_grad_(False)
+    model.tower = nn.Sequential(nn.Linear(16, 16))  # as the eyes of a model that is given text alone
+    quantise_(model, "fp8")
+    weft.adapt(model, weft.LoRA(rank=3, targets=["q_proj"])).train()
+    monkeypatch.setattr("weft.step.fast.narrowable", partial(narrowable, everywhere=True))
+    fast = prepare(model, pad(rows([9, 4])), weft.adapters.trainable(model, "default"), compile=False, fp8=True)
+    assert len(fast.narrow) == 14 and not any("tower" in path for path in fast.narrow)
+    fast.close()
+
+
 def test_memory_of_no_sense():
     with pytest.raises(WeftError, match=r"train\.memory"):
         prepare(nn.Linear(2, 2), pad(rows([3])), {}, memory="much")
