@@ -6,7 +6,7 @@ import json
 import os
 import struct
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -113,15 +113,17 @@ def load(model: Model, folder: str | os.PathLike[str], name: str = "default") ->
     check_new(model, name)
     source = Path(folder)
     theirs = diffusers.file_of(source)
-    config = read_config(source) if theirs is None else {}
-    path = weights_file(source) if theirs is None else theirs
+    config = {} if theirs else read_config(source)
+    path = theirs or weights_file(source)
+    seen: Callable[[Any], Any] = _as_it_is
     try:
-        with _opened(path) as file:
-            config = config or diffusers.told(file, model)[0]
+        if theirs:
+            with _opened(theirs) as opened:
+                config, seen = diffusers.told(opened, model)
         _check_task(config, model)
         format = format_for(config)
         with _opened(path) as opened:
-            file = diffusers.told(opened, model)[1] if theirs else opened
+            file = seen(opened)
             method = with_notes(format.told(format.read(config), file.keys()), file.metadata(), format.noted)
             older, held = fusing(file, method, model), set(file.keys())
         method = method if older is None else older.method
@@ -134,8 +136,7 @@ def load(model: Model, folder: str | os.PathLike[str], name: str = "default") ->
     except WeftError as e:
         raise WeftError(f"{source}: {e}") from None
     with _opened(path) as opened:
-        file = diffusers.told(opened, model)[1] if theirs else opened
-        file = file if older is None else older(file)
+        file = seen(opened) if older is None else older(seen(opened))
         wanted = _match(built, file, path, model, format.beside)
         place = {path: device_of(module) for path, module in modules(model) if path in built}
         made: dict[int, nn.Parameter] = {}
@@ -214,6 +215,10 @@ def write_atomically(contents: Mapping[Path, bytes]) -> None:
                 temporary.unlink()
         first = next(iter(contents))
         raise WeftError(f"could not write {first}: {e.strerror}. What lay there before is untouched; make room and save again") from e
+
+
+def _as_it_is(file: Any) -> Any:
+    return file
 
 
 def _opened(path: Path) -> Any:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +38,8 @@ def file_of(folder: Path) -> Path | None:
     return path if path.is_file() and not (folder / "adapter_config.json").exists() else None
 
 
-def told(file: Any, model: nn.Module) -> tuple[dict[str, Any], Fused]:
-    """(the configuration as peft would have written it, the file under peft's names) of the part that this model is.
+def told(file: Any, model: nn.Module) -> tuple[dict[str, Any], Callable[[Any], Fused]]:
+    """(the configuration as peft would have written it, what shows the file under peft's names) of the part that this model is.
 
     Raises WeftError if the file has no part that fits, or keys that no LoRA of diffusers has.
     """
@@ -71,7 +72,7 @@ def told(file: Any, model: nn.Module) -> tuple[dict[str, Any], Fused]:
     config = _config(file.metadata() or {}, part) or _guessed(ranks, alphas, {what for _, what in mine.values()})
     held = {n: f"{PREFIX}{path}.{what}" for n, (path, what) in mine.items() if what != "alpha"}
     made = {ours: (tuple(file.get_slice(n).get_shape()), _getter(n)) for n, ours in held.items()}
-    return config | {"target_modules": sorted(ranks)}, Fused(file, made, set(names))
+    return config | {"target_modules": sorted(ranks)}, lambda opened: Fused(opened, made, set(names))
 
 
 def _read(name: str) -> tuple[str, str] | None:
