@@ -115,20 +115,9 @@ class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
         super().enable_adapters(enabled)
         self.token_adapter.enable_adapters(enabled)
 
-    def check_set_adapter(self, adapter_name: str | Sequence[str]) -> str | None:
-        """The one of these names that has tokens here."""
-        if isinstance(adapter_name, str):
-            return adapter_name
-        here = [n for n in adapter_name if n in self.token_adapter.trains]
-        if len(here) > 1:
-            raise ValueError(f"Only one adapter can be set at a time for {self}, got {len(here)}")
-        return here[0] if here else None
-
     def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
         """Choose whose rows count, and train."""
-        chosen = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-        if len(chosen) > 1:
-            raise ValueError(f"Attempted to set multiple ({chosen}) adapters at once for {self}.")
+        chosen = self.one_at_most(adapter_names)
         self.token_adapter.set_adapter(chosen, inference_mode)
         self._active_adapter = chosen
 

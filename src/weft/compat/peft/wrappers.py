@@ -50,9 +50,24 @@ class AuxiliaryTrainingWrapper(Front):
     def active_adapters(self) -> list[str]:
         return [self._active_adapter] if isinstance(self._active_adapter, str) else self._active_adapter
 
+    def _get_available_adapters(self) -> set[str]:
+        raise NotImplementedError(f"{type(self).__name__} does not say which adapters it has")
+
     def check_set_adapter(self, adapter_name: str | Sequence[str]) -> str | None:
         """The one of these names that this module has something for."""
-        raise NotImplementedError(f"{type(self).__name__} does not say which adapters it has")
+        if isinstance(adapter_name, str):
+            return adapter_name
+        here = [n for n in adapter_name if n in self._get_available_adapters()]
+        if len(here) > 1:
+            raise ValueError(f"Only one adapter can be set at a time for {self}, got {len(here)}")
+        return here[0] if here else None
+
+    def one_at_most(self, adapter_names: str | Sequence[str]) -> list[str]:
+        """These names as a list, which may not be several."""
+        chosen = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        if len(chosen) > 1:
+            raise ValueError(f"Attempted to set multiple ({chosen}) adapters at once for {self}.")
+        return chosen
 
     def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
         """Choose the adapter that counts here."""
@@ -128,20 +143,9 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
     def _get_available_adapters(self) -> set[str]:
         return set(self.modules_to_save)
 
-    def check_set_adapter(self, adapter_name: str | Sequence[str]) -> str | None:
-        """The one of these names that this module has a copy for."""
-        if isinstance(adapter_name, str):
-            return adapter_name
-        here = [n for n in adapter_name if n in self.modules_to_save]
-        if len(here) > 1:
-            raise ValueError(f"Only one adapter can be set at a time for {self}, got {len(here)}")
-        return here[0] if here else None
-
     def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
         """Choose the copy that computes and trains."""
-        chosen = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-        if len(chosen) > 1:
-            raise ValueError(f"Attempted to set multiple ({chosen}) adapters at once for {self}.")
+        chosen = self.one_at_most(adapter_names)
         for name in chosen:
             if name not in self._adapters:
                 raise ValueError(f"Adapter {name} not found in {self._adapters}")
