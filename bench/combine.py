@@ -18,8 +18,8 @@ warnings.filterwarnings("ignore")
 
 import peft
 import torch
-import transformers
 from _common import save, timed
+from adapters import base
 from rich.console import Console
 from rich.table import Table
 
@@ -34,15 +34,6 @@ WAYS: list[tuple[Any, Any, bool]] = [
     ("linear", "linear", False), ("cat", "cat", False), ("svd", "svd", False), ("ties", "ties_svd", True),
     ("magnitude_prune", "magnitude_prune_svd", True), ("dare_linear", "dare_linear_svd", True), ("dare_ties", "dare_ties_svd", True),
 ]  # fmt: skip
-
-
-def base() -> Any:
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=512, hidden_size=256, intermediate_size=688, num_hidden_layers=32, num_attention_heads=8, num_key_value_heads=8,
-        tie_word_embeddings=False, max_position_embeddings=512,
-    )  # fmt: skip
-    return transformers.LlamaForCausalLM(config).eval().requires_grad_(False)
 
 
 def main() -> None:

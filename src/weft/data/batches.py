@@ -14,6 +14,7 @@ from torch import Tensor
 
 from weft.core import WeftError
 from weft.data.encode import Example
+from weft.kernels.hadamard import power_of_two
 
 MIX = 0.15  # packed: rows change places with others of up to about this much more or less length, so that batches differ by epoch
 SLACK = 0.1  # padded: the same, and the share of the budget that is left free for it
@@ -79,7 +80,7 @@ def filled(batch: Batch, tokens: int, longest: int) -> Batch:
     missing = tokens - batch.input_ids.shape[1]
     fillers = [longest] * (missing // longest) + [missing % longest] * (missing % longest > 0)
     lengths = [*batch.lengths, *fillers]
-    lengths += [0] * ((1 << (len(lengths) - 1).bit_length()) - len(lengths))
+    lengths += [0] * (power_of_two(len(lengths)) - len(lengths))
     places = torch.cat([torch.arange(n) for n in fillers]) if fillers else torch.empty(0, dtype=torch.int64)
     pad = torch.nn.functional.pad
     return replace(

@@ -25,6 +25,8 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
+from weft.kernels.hadamard import power_of_two
+
 try:
     from torch.nn.attention.varlen import varlen_attn
 except ImportError:  # a torch built without it: the padded twin does the work
@@ -97,7 +99,7 @@ def packed_kwargs(cu_seqlens: Tensor, lengths: Sequence[int] = ()) -> dict[str, 
     lengths = lengths or cu_seqlens.diff().tolist()
     if cu_seqlens.device.type == "cpu" and cu_seqlens not in _layouts:
         _layouts[cu_seqlens] = layout(lengths)
-    longest = 1 << (max(lengths) - 1).bit_length()  # a bound, and one that differs little between batches: compilers look at it
+    longest = power_of_two(max(lengths))  # a bound, and one that differs little between batches: compilers look at it
     mask = torch.ones((1, 1, 1, 1), dtype=torch.bool, device=cu_seqlens.device)
     return {
         "attention_mask": mask,
