@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from weft.core import WeftError
-from weft.data import Batches, Example, pack, pad
+from weft.data import Batches, Example, join, pack, pad
 
 
 def examples(lengths, seed=0):
@@ -33,6 +33,12 @@ def rows_of(batch):
     return [(batch.input_ids[i, : int(m.sum())], batch.targets[i, : int(m.sum())]) for i, m in enumerate(batch.attention_mask)]
 
 
+def right_padded(batch):
+    """Padding stands at the right alone: steps that leave the mask out lean on it."""
+    there = torch.arange(batch.input_ids.shape[1]) < torch.tensor(batch.lengths)[:, None]
+    return torch.equal(batch.attention_mask, there.long()) and not (batch.targets[~there] >= 0).any()
+
+
 lengths = st.lists(st.integers(2, 60), min_size=1, max_size=80)
 
 
@@ -48,6 +54,7 @@ def test_an_epoch(lengths, packing, tokens, seed, k):
         assert batch.input_ids.numel() <= tokens
         assert batch.n_targets == int((batch.targets >= 0).sum()) and batch.n_tokens == sum(batch.lengths)
         assert torch.equal(batch.keep, (batch.targets >= 0).any(0).nonzero()[:, 0])
+        assert packing or right_padded(batch)
         for (ids, targets), n in zip(rows_of(batch), batch.lengths, strict=True):
             row = rows[int(ids[0]) // 1000]
             seen.append(row.row)
@@ -108,3 +115,13 @@ def test_bad_budgets():
     assert str(caught.value) == want
     with pytest.raises(WeftError, match="no examples"):
         Batches([], 64, True, seed=0)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(lengths, min_size=1, max_size=4))
+def test_joined_batches_are_padded_at_the_right(several):
+    parts = [pad(examples(some)) for some in several]
+    joined = join(parts)
+    assert right_padded(joined)
+    together = [row for part in parts for row in rows_of(part)]
+    assert all(torch.equal(a, b) for x, y in zip(rows_of(joined), together, strict=True) for a, b in zip(x, y, strict=True))

@@ -26,7 +26,7 @@ class Batch:
 
     input_ids, position_ids: (n, T) int64.
     targets: (n, T) int64; the token after t if it bears loss, else -100. Shifted already, and never across rows.
-    attention_mask: (n, T) int64, or None when packed.
+    attention_mask: (n, T) int64, 1 for a token and 0 for padding, which is at the right alone; or None when packed.
     cu_seqlens: (rows + 1,) int32, where each row begins, and T; None when not packed. Packed: n == 1, position_ids restart at every row.
     n_targets: tokens that bear loss.  n_tokens: tokens that are not padding.
     keep: (C,) int64, the positions t at which any row has a target: the head need not run for others. None: unknown.

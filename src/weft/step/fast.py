@@ -2,6 +2,7 @@
 
     compiled layers         each repeated layer is one graph (CUDA)
     no logits               the head and the loss are one operation, a slice of tokens at a time
+    no mask                 padded rows go without one where a token never looks right, which is where padding is
     a budget of memory      what is kept for the backward pass and what is made again, by what the card has free
     checked                 before the first step, against the plain path; what does not agree is not used, and that is said
 
@@ -23,7 +24,7 @@ from weft.kernels.scratch import release
 from weft.quant import QuantLinear
 from weft.step.check import bounds, differences, measure, pieces, stirred
 from weft.step.fp8 import BOUND, narrowable, watched
-from weft.step.loss import Batch, fusible, loss_sum
+from weft.step.loss import Batch, fusible, loss_sum, unmaskable
 from weft.step.regions import install, repeated, uninstall
 
 logger = logging.getLogger("weft")
@@ -46,13 +47,14 @@ class Fast:
     level: float
     layers: list[nn.Module]
     cuda: bool
+    unmasked: bool = False  # padded rows go without their attention mask
     narrow: dict[str, QuantLinear] = field(default_factory=dict)  # the layers that multiply in fp8, by path
     said: list[str] = field(default_factory=list)
     compile_seconds: float = 0.0
 
     def loss(self, batch: Batch) -> Tensor:
         """Sum of the cross-entropies of a micro-batch, () fp32."""
-        return loss_sum(self.model, batch, self.head)
+        return loss_sum(self.model, batch, self.head, unmasked=self.unmasked)
 
     def install(self, level: float) -> None:
         """Regions for this level of memory."""
@@ -77,6 +79,8 @@ class Fast:
         if self.narrow:
             parts.append(f"{len(self.narrow)} products in fp8")
         parts.append("no logits formed" if self.head is not None else "all logits formed")
+        if self.unmasked:
+            parts.append("padding not masked")
         if self.level >= 1:
             parts.append("activations kept")
         elif self.level >= RECOMPUTE:
@@ -108,12 +112,14 @@ def prepare(
     device, layers = batch.input_ids.device, repeated(model)
     cuda = device.type == "cuda"
     compiled = (cuda if compile is None else compile) and bool(layers)
-    fast = Fast(model, compiled, fusible(model), varying, _level(model, batch, memory, layers), layers, cuda)
+    head = fusible(model)
+    level = _level(model, batch, memory, layers)
+    fast = Fast(model, compiled, head, varying, level, layers, cuda, unmaskable(model, batch, head))
     if fp8:
         fast.narrow = narrowable(model)
         if not fast.narrow:
             say("no product can be in fp8 here (that takes base: fp8, and a card with fp8 units): they are computed from decoded weights")
-    if not fast.compiled and fast.head is None and not fast.narrow:
+    if not fast.compiled and fast.head is None and not fast.unmasked and not fast.narrow:
         fast.install(fast.level)
         return fast
     random = _active_dropout(model)
@@ -160,7 +166,7 @@ def _try(fast: Fast, batch: Batch, parameters: Mapping[str, nn.Parameter], self_
     if wrong:
         listed = "\n  ".join(wrong[:8] + ([f"and {len(wrong) - 8} more"] if len(wrong) > 8 else []))
         say(f"the fast step does not agree with the plain one, which is used instead:\n  {listed}")
-        fast.compiled, fast.head, fast.narrow = False, None, {}
+        fast.compiled, fast.head, fast.unmasked, fast.narrow = False, None, False, {}
         fast.install(fast.level)
     else:
         fast.said.append(f"self-check ({kind}): {agreed}")
