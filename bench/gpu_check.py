@@ -93,6 +93,47 @@ def quantised() -> None:
         check(f"{base}: a layer's output and gradient against its numbers in fp64", layers, 1e-5)
 
 
+def few_tokens() -> None:
+    """x Wᵀ from packed bytes against the weight's numbers in fp64, twice the same, in a CUDA graph and compiled with an adapter on top."""
+    forms: list[tuple[str, dict[str, Any]]] = [("nf4", {"block": b, "nested": n}) for b in (32, 64, 4096) for n in (False, True)]
+    forms += [("fp4", {"block": 128}), ("int8", {}), ("fp8", {}), ("fp8-block", {})]
+    bounds = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 6e-3}
+    for base, options in forms:
+        for dtype, bound in bounds.items():
+            worst, varies = 0.0, False
+            for shape in ((5, 32), (33, 96), (257, 1056), (1024, 2048), (515, 14336)):
+                held = FORMATS[base].pack(torch.randn(shape, device=DEVICE), **options)
+                W = FORMATS[base].unpack(held, shape, torch.float32).double()
+                for leading in ((1, 1), (2,), (3, 1)) if dtype == torch.float32 else ((1, 1), (2,), (7, 1), (16,)):
+                    x = torch.randn(*leading, shape[1], device=DEVICE).to(dtype)
+                    got, again = (FORMATS[base].product(held, shape, x) for _ in range(2))
+                    assert got is not None and again is not None
+                    worst, varies = max(worst, distance(got, x.double() @ W.T)), varies or not torch.equal(got, again)
+            check(f"few tokens, {base} {options} {dtype}: against fp64", worst, bound)
+            check(f"few tokens, {base} {options} {dtype}: the same twice", float(varies), 0.0)
+    for base in ("nf4", "int8", "fp8"):
+        shape, tokens = (300, 544), (4, 1)
+        held = FORMATS[base].pack(torch.randn(shape, device=DEVICE))
+        model = torch.nn.Sequential(QuantLinear.of(held, shape, base, torch.bfloat16, torch.randn(300, device=DEVICE)))
+        weft.adapt(model, weft.LoRA(rank=4, targets=("0",)))
+        for p in weft.adapters.trainable(model, "default").values():
+            p.data.normal_().mul_(0.1)
+        x = torch.randn(*tokens, shape[1], device=DEVICE, dtype=torch.bfloat16)
+        decoded = model(x.clone().requires_grad_()).detach()
+        with torch.inference_mode():
+            check(f"few tokens, {base}, an adapter on top: against decoding", distance(model(x), decoded), 1e-2)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                y = model(x)
+            y.zero_()
+            graph.replay()
+            check(f"few tokens, {base}, in a CUDA graph: against eager", distance(y, model(x)), 0.0)
+        torch._dynamo.reset()
+        with torch.no_grad():
+            compiled = torch.compile(model, fullgraph=True)(x)
+            check(f"few tokens, {base}, compiled: against eager", distance(compiled, model(x)), 1e-2)
+
+
 def adapters() -> None:
     """Merging against the forward pass, and rows through one batched product against one by one, on the embedded base."""
     for base, bound in (("fp32", 1e-4), ("bf16", 5e-2)):
@@ -249,7 +290,7 @@ def tests() -> None:
     CHECKS.append({"what": f"pytest {' '.join(places)}: {closing}", "error": None, "bound": None, "ok": done.returncode == 0})
 
 
-PARTS = (low_rank, quantised, fused_loss, fp8, adapters, packed, training, tests, fast_step)
+PARTS = (low_rank, quantised, few_tokens, fused_loss, fp8, adapters, packed, training, tests, fast_step)
 
 
 def main() -> int:

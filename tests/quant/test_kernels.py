@@ -30,7 +30,7 @@ FOUR = st.sampled_from(["nf4", "fp4"])
 def test_the_triton_kernels_equal_plain_torch() -> None:
     script = Path(__file__).with_name("interpreted.py")
     done = subprocess.run([sys.executable, script], env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0 and done.stdout.strip() == "71 equal", done.stderr[-2000:]
+    assert done.returncode == 0 and done.stdout.strip() == "71 equal, 144 close", done.stderr[-2000:]
 
 
 @settings(max_examples=40, deadline=None)

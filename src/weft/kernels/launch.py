@@ -11,19 +11,15 @@ from typing import Any
 from torch import Tensor
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-
-
-@cache
-def _installed() -> bool:
-    return find_spec("triton") is not None  # a CPU build of torch has none, and then the plain twin does the work
+INSTALLED = find_spec("triton") is not None  # a CPU build of torch has none, and then the plain twin does the work
 
 
 def usable(tensor: Tensor) -> bool:
     """Whether the kernels can work on this tensor."""
-    return (tensor.is_cuda or (INTERPRETED and tensor.device.type == "cpu")) and _installed()
+    return (tensor.is_cuda or (INTERPRETED and tensor.device.type == "cpu")) and INSTALLED
 
 
 @cache
-def kernels() -> Any:
-    """`weft.kernels.triton`."""
-    return import_module("weft.kernels.triton")
+def kernels(module: str = "triton") -> Any:
+    """`weft.kernels.triton`, or another module of Triton kernels beside it."""
+    return import_module(f"weft.kernels.{module}")

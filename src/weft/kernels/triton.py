@@ -15,17 +15,22 @@ from torch import Tensor
 
 
 @triton.jit
+def scale_of(absmax, code2, absmax2, offset, block, there, NESTED: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The scales of these blocks, in fp32; something finite where none is there."""
+    if NESTED:
+        code = tl.load(absmax + block, mask=there, other=0).to(tl.int32)
+        return tl.load(code2 + code) * tl.load(absmax2 + (block >> 8), mask=there, other=0.0) + tl.load(offset)
+    else:
+        return tl.load(absmax + block, mask=there, other=0.0)
+
+
+@triton.jit
 def _four(  # type: ignore[no-untyped-def]
     q, absmax, code2, absmax2, offset, lut, out, nbytes, numel, blocks, HALF: tl.constexpr, NESTED: tl.constexpr, MANY: tl.constexpr
 ):  # fmt: skip
     block = tl.program_id(0).to(tl.int64) * MANY + tl.arange(0, MANY)  # MANY blocks of HALF bytes each
     there = block < blocks
-    if NESTED:
-        code = tl.load(absmax + block, mask=there, other=0).to(tl.int32)
-        scale = tl.load(code2 + code) * tl.load(absmax2 + (block >> 8), mask=there, other=0.0)
-        scale = scale + tl.load(offset)
-    else:
-        scale = tl.load(absmax + block, mask=there, other=0.0)
+    scale = scale_of(absmax, code2, absmax2, offset, block, there, NESTED)
     i = block[:, None] * HALF + tl.arange(0, HALF)[None, :]
     byte = tl.load(q + i, mask=i < nbytes, other=0).to(tl.int32)
     high = tl.load(lut + (byte >> 4)) * scale[:, None]

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from weft.core import WeftError
 from weft.kernels.eight_bit import TILE, dequantise_8bit
+from weft.kernels.few_tokens import fits, linear_8bit
 from weft.quant.formats import ROUNDING, Draw, Format, Packed
 
 
@@ -49,6 +50,9 @@ class EightBit(Format):
 
     def unpack(self, tensors: Packed, shape: tuple[int, ...], dtype: torch.dtype, out: Tensor | None = None, again: bool = False) -> Tensor:
         return dequantise_8bit(tensors["weight"].view(self.stored), tensors["scale"], tuple(shape), dtype, out, again)
+
+    def product(self, tensors: Packed, shape: tuple[int, ...], x: Tensor) -> Tensor | None:
+        return linear_8bit(x, tensors["weight"].view(self.stored), tensors["scale"], shape[0]) if fits(x, shape[1]) else None
 
     def part(self, tensors: Packed, shape: tuple[int, ...], index: int) -> dict[str, Tensor] | None:
         if len(shape) < 3:

@@ -94,6 +94,10 @@ class Format(ABC):
     def unpack(self, tensors: Packed, shape: tuple[int, ...], dtype: torch.dtype, out: Tensor | None = None, again: bool = False) -> Tensor:
         """The weight as numbers: computed in fp32, rounded once to `dtype`. `again`: see `weft.kernels.four_bit.dequantise_4bit`."""
 
+    def product(self, tensors: Packed, shape: tuple[int, ...], x: Tensor) -> Tensor | None:
+        """x Wᵀ straight from the packed tensors, without a gradient; None where it is better decoded, or there is no kernel for it."""
+        return None
+
     def part(self, tensors: Packed, shape: tuple[int, ...], index: int) -> dict[str, Tensor] | None:
         """The tensors of weight[index], without unpacking the rest; None where a block straddles the border."""
         return None

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from weft.kernels.few_tokens import fits, linear_4bit
 from weft.kernels.four_bit import NESTED, NF4, TABLES, block_size, dequantise_4bit, dynamic, scales, table
 from weft.quant.formats import ROUNDING, Draw, Format, Packed
 
@@ -122,6 +123,12 @@ class FourBit(Format):
     def unpack(self, tensors: Packed, shape: tuple[int, ...], dtype: torch.dtype, out: Tensor | None = None, again: bool = False) -> Tensor:
         second, offset = tensors.get("nested_absmax"), tensors.get("nested_offset")
         return dequantise_4bit(tensors["weight"], tensors["absmax"], second, offset, self.name, tuple(shape), dtype, out, again)
+
+    def product(self, tensors: Packed, shape: tuple[int, ...], x: Tensor) -> Tensor | None:
+        if not fits(x, shape[1]):
+            return None
+        second, offset = tensors.get("nested_absmax"), tensors.get("nested_offset")
+        return linear_4bit(x, tensors["weight"], tensors["absmax"], second, offset, self.name, shape[0])
 
     def part(self, tensors: Packed, shape: tuple[int, ...], index: int) -> dict[str, Tensor] | None:
         absmax, numel = tensors["absmax"], shape.numel() if isinstance(shape, torch.Size) else torch.Size(shape).numel()

@@ -126,10 +126,16 @@ class QuantLinear(Quantised, nn.Linear):
         if self.narrow and torch.is_grad_enabled():
             y: Tensor = self.in_fp8(x.to(dtype))
             return y if self.bias is None else y + self.bias.to(dtype)
+        recorded = torch.is_grad_enabled() and x.requires_grad
+        few = None if recorded else self.form.product(self.tensors(), self.shapes["weight"], x.to(dtype))
+        y = self.decoded(x.to(dtype)) if few is None else few
+        return y if self.bias is None else y + self.bias.to(dtype)
+
+    def decoded(self, x: Tensor) -> Tensor:
+        """x Wᵀ by way of W as numbers."""
         held = [self._buffers.get(f"weight_{key}") for key in self.form.beside]
         held += [None] * (3 - len(held))
-        y = Product.apply(x.to(dtype), self.form.name, self.shapes["weight"], False, self.weight, *held)  # type: ignore[no-untyped-call]
-        return y if self.bias is None else y + self.bias.to(dtype)
+        return Product.apply(x, self.form.name, self.shapes["weight"], False, self.weight, *held)  # type: ignore[no-any-return, no-untyped-call]
 
     def in_fp8(self, x: Tensor) -> Tensor:
         """x Wᵀ by fp8 products, W being stored as fp8 with a scale a row."""
