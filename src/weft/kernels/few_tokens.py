@@ -27,6 +27,8 @@ def fits(x: Tensor, inputs: int) -> bool:
     """Whether x (..., inputs) is for these kernels: few tokens of 16 or 32 bits, and rows of W that are whole groups."""
     if not usable(x) or inputs % GROUP or (not torch.compiler.is_compiling() and type(x) not in _PLAIN):
         return False
+    if x.dtype == torch.bfloat16 and not x.is_cuda:
+        return False  # Triton's interpreter multiplies the bits of bf16 as whole numbers
     most = FEW if x.dtype in (torch.bfloat16, torch.float16) else FEW_WIDE if x.dtype == torch.float32 else 0
     return 0 < prod(x.shape[:-1]) <= most
 
