@@ -10,24 +10,29 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from weft.quant.experts import in_dtype, pays, routable, routed
+from weft.quant.experts import in_dtype, one_by_one_pays, routable, routed
 from weft.quant.formats import FORMATS
+from weft.quant.grouped import groupable, grouped
 from weft.quant.layers import Quantised
 
 
 class Decoding(Quantised):
     """The mixin of any other layer with packed parameters, such as fused experts (experts, ...): its own forward, given the numbers.
 
-    Of experts that `routed` can compute one after another, one at a time is decoded. Else all of the layer's numbers are decoded for one
-    call; autograd keeps none of them: what it would save is decoded again, by experts.
+    Of experts that `routed` can compute one after another, one at a time is decoded; of those that `grouped` can compute all at once, one
+    parameter at a time. Else all of the layer's numbers are decoded for one call. Autograd keeps none of them: what it would save is
+    decoded again, by experts.
     """
 
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
         packed = {name: self.tensors(name) for name in self.shapes if self.is_packed(name)}
         if not packed:
             return super().forward(*inputs, **kwargs)
-        if len(packed) == len(self.shapes) and not kwargs and pays(inputs) and routable(self, self.shapes, inputs):
-            return routed(self, *inputs)
+        if len(packed) == len(self.shapes) and not kwargs and routable(self, self.shapes, inputs):
+            if one_by_one_pays(self, inputs[0]):
+                return routed(self, *inputs)
+            if groupable(self, inputs[0]):
+                return grouped(self, *inputs)
         dtype = in_dtype(self, inputs)
         numbers = {name: self.form.unpack(held, self.shapes[name], dtype) for name, held in packed.items()}
         shell: Any = object.__new__(self.own)  # the same state under the layer's own class

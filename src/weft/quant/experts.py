@@ -17,20 +17,20 @@ from torch.nn import functional as F
 
 from weft.core import base_class
 from weft.kernels.scratch import real
-from weft.quant.layers import Product, Quantised
+from weft.quant.layers import Product, Quantised, slots
 
 Add = Callable[[str, int, Tensor, Tensor], Tensor]  # (parameter, expert, x, y) -> y with what an adapter adds; may write into y
 _PROMISED = ("num_experts", "has_gate", "has_bias", "is_transposed", "is_concatenated")
 
 
 def routable(module: Any, names: Collection[str], inputs: Sequence[Any]) -> bool:
-    """Whether `routed` can compute this call: the module keeps the contract, `names` are its projections, and the tensors are there."""
+    """Whether `routed` and `grouped` may stand for this call: the module keeps the contract, and `names` are its projections."""
     own: Any = getattr(base_class(module), "own", base_class(module))  # the class from before its parameters were packed
     if not (hasattr(own.forward, "__wrapped__") and all(n in module.__dict__ for n in _PROMISED)):
         return False
-    if len(inputs) != 3 or not all(isinstance(t, Tensor) and t.dim() == 2 for t in inputs) or not real(inputs[0]):
+    if len(inputs) != 3 or not all(isinstance(t, Tensor) and t.dim() == 2 for t in inputs):
         return False
-    return set(names) <= set(projections(module)) and all(_separable(module, n) for n in projections(module))
+    return set(names) <= set(projections(module))
 
 
 def projections(module: Any) -> tuple[str, str]:
@@ -84,16 +84,20 @@ def _each(module: Any, name: str, x: Tensor, counts: Sequence[int], add: Add | N
 
 def _product(module: Any, name: str, expert: int, x: Tensor) -> Tensor:
     """x Wᵀ with W = parameter[expert], in fresh memory."""
-    if not _packed(module, name):
+    if not is_packed(module, name):
         W = module._parameters[name].detach()[expert]
         return F.linear(x.to(W.dtype), W.mT if module.is_transposed else W)
     part = module.form.part(module.tensors(name), module.shapes[name], expert)
+    x, shape = x.to(product_dtype(module, name, x)), module.shapes[name][1:]
+    return Product.apply(x, module.form.name, shape, module.is_transposed, *slots(module.form, part))  # type: ignore[no-any-return, no-untyped-call]
+
+
+def product_dtype(module: Any, name: str, x: Tensor) -> torch.dtype:
+    """The dtype in which x is multiplied with a parameter: a plain one's own, a packed one's is x's; under autocast, autocast's."""
     kind = x.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else in_dtype(module, (x,))
-    held = [part.get(key) for key in module.form.beside]
-    held += [None] * (3 - len(held))
-    shape = module.shapes[name][1:]
-    return Product.apply(x.to(dtype), module.form.name, shape, module.is_transposed, part["weight"], *held)  # type: ignore[no-any-return, no-untyped-call]
+    if torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return in_dtype(module, (x,)) if is_packed(module, name) else module._parameters[name].dtype
 
 
 def in_dtype(module: Quantised, inputs: Sequence[Any]) -> torch.dtype:
@@ -104,18 +108,19 @@ def in_dtype(module: Quantised, inputs: Sequence[Any]) -> torch.dtype:
     return x.dtype
 
 
-def _packed(module: Any, name: str) -> bool:
+def is_packed(module: Any, name: str) -> bool:
+    """Whether a parameter of any module holds packed bytes."""
     return isinstance(module, Quantised) and module.is_packed(name)
 
 
 def _separable(module: Any, name: str) -> bool:
     """Whether one expert can be had without the others: no block of the format straddles two of them."""
-    return not _packed(module, name) or module.form.part(module.tensors(name), module.shapes[name], 0) is not None
+    return not is_packed(module, name) or module.form.part(module.tensors(name), module.shapes[name], 0) is not None
 
 
-def pays(inputs: Sequence[Any]) -> bool:
-    """Whether experts with packed weights are computed faster one after another than decoded all at once; it always takes less memory.
+def one_by_one_pays(module: Any, x: Tensor) -> bool:
+    """Whether `routed` can compute x through experts that are `routable`, and is the fastest way; it always takes the least memory.
 
     On a CPU it is, whether all experts are hit or few (bench/results/experts.json). On a card many small launches cost more than they save.
     """
-    return len(inputs) == 3 and isinstance(inputs[0], Tensor) and inputs[0].device.type == "cpu"
+    return x.device.type == "cpu" and real(x) and all(_separable(module, name) for name in projections(module))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -133,9 +133,8 @@ class QuantLinear(Quantised, nn.Linear):
 
     def decoded(self, x: Tensor) -> Tensor:
         """x Wᵀ by way of W as numbers."""
-        held = [self._buffers.get(f"weight_{key}") for key in self.form.beside]
-        held += [None] * (3 - len(held))
-        return Product.apply(x, self.form.name, self.shapes["weight"], False, self.weight, *held)  # type: ignore[no-any-return, no-untyped-call]
+        held = slots(self.form, self.tensors())
+        return Product.apply(x, self.form.name, self.shapes["weight"], False, *held)  # type: ignore[no-any-return, no-untyped-call]
 
     def in_fp8(self, x: Tensor) -> Tensor:
         """x Wᵀ by fp8 products, W being stored as fp8 with a scale a row."""
@@ -153,7 +152,7 @@ class Product(torch.autograd.Function):
         ctx.save_for_backward(weight, first, second, third)
         ctx.base, ctx.shape, ctx.turned = base, shape, turned
         wide = computing(x.dtype, x.device)
-        W = _decoded(base, shape, (weight, first, second, third), wide)
+        W = decode(base, shape, (weight, first, second, third), wide, scratch(shape, weight, wide))
         y = F.linear(x.to(wide), W.mT if turned else W)
         return y if wide == x.dtype else y.to(x.dtype)  # torch 2.11's compiler takes the gradient for zero behind a `to` that does nothing
 
@@ -161,15 +160,24 @@ class Product(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> Any:
         wide = computing(g.dtype, g.device)
-        W = _decoded(ctx.base, ctx.shape, ctx.saved_tensors, wide, again=True)
+        W = decode(ctx.base, ctx.shape, ctx.saved_tensors, wide, scratch(ctx.shape, ctx.saved_tensors[0], wide), again=True)
         dx = g.to(wide) @ (W.mT if ctx.turned else W)
         return dx.to(g.dtype), None, None, None, None, None, None, None
 
 
-def _decoded(base: str, shape: torch.Size, held: tuple[Any, ...], dtype: torch.dtype, again: bool = False) -> Tensor:
+def slots(form: Format, tensors: Mapping[str, Tensor]) -> list[Tensor | None]:
+    """A format's tensors, the weight first, in as many places as any format has."""
+    held = [tensors.get(key) for key in ("weight", *form.beside)]
+    return held + [None] * (4 - len(held))
+
+
+def decode(
+    base: str, shape: torch.Size, held: Sequence[Tensor | None], dtype: torch.dtype, out: Tensor | None = None, again: bool = False
+) -> Tensor:
+    """The numbers of what `slots` gave. `out`, `again`: see `Format.unpack`."""
     form = FORMATS[base]
     tensors = {key: t for key, t in zip(("weight", *form.beside), held, strict=False) if t is not None}
-    return form.unpack(tensors, shape, dtype, scratch(shape, held[0], dtype), again)
+    return form.unpack(tensors, shape, dtype, out, again)
 
 
 # Asked once and here: a compiler that meets the question in a forward pass leaves its graph for it.
