@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import chain, pairwise
+from itertools import accumulate, chain, pairwise
 
 import numpy as np
 import pytest
@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from weft.core import WeftError
 from weft.data import Batches, Example, join, pack, pad
+from weft.data.batches import filled
 
 
 def examples(lengths, seed=0):
@@ -121,7 +122,26 @@ def test_bad_budgets():
 @given(st.lists(lengths, min_size=1, max_size=4))
 def test_joined_batches_are_padded_at_the_right(several):
     parts = [pad(examples(some)) for some in several]
-    joined = join(parts)
-    assert right_padded(joined)
+    joined = join(parts, "abcd"[: len(parts)])
+    assert right_padded(joined) and [joined.owners.count(x) for x in "abcd"][: len(parts)] == list(map(len, several))
     together = [row for part in parts for row in rows_of(part)]
     assert all(torch.equal(a, b) for x, y in zip(rows_of(joined), together, strict=True) for a, b in zip(x, y, strict=True))
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(lengths, min_size=1, max_size=4), st.booleans())
+def test_joined_packed_batches_lie_end_to_end(several, even):
+    packed = [pack(examples(some)) for some in several]
+    parts = [filled(p, p.input_ids.shape[1] + 7, 5) for p in packed] if even else packed
+    joined = join(parts, "abcd"[: len(parts)])
+    assert joined.cu_seqlens.tolist() == [0, *accumulate(joined.lengths)] and len(joined.owners) == len(joined.lengths)
+    assert joined.cu_seqlens[-1] == joined.input_ids.shape[1] == joined.targets.shape[1] == joined.position_ids.shape[1]
+    assert len(joined.lengths).bit_count() == 1
+    spans = {x: sum(n for n, owner in zip(joined.lengths, joined.owners, strict=True) if owner == x) for x in joined.owners}
+    assert list(spans.values()) == [p.input_ids.shape[1] for p in parts], "each owner's tokens are neighbours"
+    assert torch.equal(joined.keep, (joined.targets[0] >= 0).nonzero().squeeze(1)) and joined.n_targets == len(joined.keep)
+    starts = joined.cu_seqlens[:-1][torch.tensor(joined.lengths) > 0].long()
+    assert (joined.position_ids[0, starts] == 0).all() and int((joined.position_ids == 0).sum()) == len(starts)
+    own = [joined.input_ids[0, a : a + n].tolist() for a, n in zip(joined.cu_seqlens.tolist(), joined.lengths, strict=False)]
+    for p in packed:
+        assert all(p.input_ids[0, a : a + n].tolist() in own for a, n in zip(p.cu_seqlens.tolist(), p.lengths, strict=False))

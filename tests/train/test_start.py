@@ -88,7 +88,7 @@ def test_side_by_side(tmp_path: Path) -> None:
     recipes = [replace(first, name=k, output=str(tmp_path / k), method=replace(first.method, **m)) for k, m in methods.items()]
     run_recipes(recipes)
     for recipe in recipes:
-        alone = replace(recipe, output=f"{recipe.output}-alone", data=replace(recipe.data, packing=False))
+        alone = replace(recipe, output=f"{recipe.output}-alone")
         run_recipe(alone)
         together, by_itself = adapters(Path(recipe.output)), adapters(Path(alone.output))
         for path, a in together.items():

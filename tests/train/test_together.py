@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import os
 import signal
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +15,10 @@ import pytest
 import tiny_run
 import torch
 from safetensors.torch import load_file
+from torch._dynamo.utils import counters
 
 import weft
+from weft.methods import lora_rows
 from weft.train import Diverged, Interrupted, Recipe, load_recipes
 
 
@@ -41,11 +46,18 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "adapter_model.safetensors")
 
 
-def test_each_ends_where_it_would_have_ended_alone(tmp_path):
-    together, alone = tmp_path / "together", tmp_path / "alone"
+@pytest.mark.parametrize("packing", [False, True])
+def test_each_ends_where_it_would_have_ended_alone(tmp_path, packing):
+    ends_as_alone(tmp_path, lambda folder: three(folder, data__packing=packing))
+
+
+def ends_as_alone(tmp_path: Path, make: Callable[[Path], list[Recipe]]) -> list[dict[str, Any]]:
+    """Holds all runs against their twins alone; the notes on the way."""
+    together, alone, notes = tmp_path / "together", tmp_path / "alone", []
     together.mkdir(), alone.mkdir()
-    results = weft.fit_together(tiny_run.model(), three(together), tokenizer=tiny_run.tokenizer())
-    for recipe, result in zip(three(alone), results, strict=True):
+    results = weft.fit_together(tiny_run.model(), make(together), tokenizer=tiny_run.tokenizer(), on_event=notes.append)
+    for recipe, result in zip(make(alone), results, strict=True):
+        recipe = replace(recipe, train=replace(recipe.train, compile=False))
         by_itself = weft.fit(tiny_run.model(), recipe, tokenizer=tiny_run.tokenizer())
         ours, theirs = weights(result.adapter), weights(by_itself.adapter)
         assert list(ours) == list(theirs) and result.steps == by_itself.steps and result.tokens == by_itself.tokens
@@ -54,6 +66,83 @@ def test_each_ends_where_it_would_have_ended_alone(tmp_path):
         assert result.eval_loss == pytest.approx(by_itself.eval_loss, rel=1e-4)
         mine, its = ([(h["step"], h["lr"]) for h in r.history if "lr" in h] for r in (result, by_itself))
         assert mine == its
+    return [e for e in notes if e["event"] == "note"]
+
+
+compiling = pytest.mark.filterwarnings("ignore::DeprecationWarning", r"ignore:The \.grad attribute")  # what torch's compiler itself causes
+
+
+def alike(folder: Path, **more: Any) -> list[Recipe]:
+    """Other ranks, rates and seeds; as many tokens in each batch."""
+    common = {"method__dropout": 0.0, "train__steps": 5, "train__compile": True} | more
+    return [tiny_run.recipe(folder, name=n, output=str(folder / n), method__rank=1 + 2 * i, train__lr=1e-3 * (1 + i), seed=i, **common)
+            for i, n in enumerate("abc")]  # fmt: skip
+
+
+def backend(monkeypatch: pytest.MonkeyPatch, how: Any) -> None:
+    monkeypatch.setattr("weft.step.regions.torch.compile", partial(torch.compile, backend=how))
+
+
+@compiling
+def test_compiled_layers_with_a_batched_product_for_all(tmp_path):
+    """By inductor. One graph for all steps and layers: whose the rows are is not in it. On a CPU packed attention stands outside."""
+    counters.clear()
+    notes = ends_as_alone(tmp_path, alike)
+    assert all(e["name"] == "all runs" and "warning" not in e for e in notes)
+    assert "2 layers compiled, no logits formed" in notes[0]["text"] and "self-check" in notes[1]["text"]
+    broken = [reason for reason in counters["graph_break"] if "Skip calling `torch.compiler.disable()`d function" not in reason]
+    assert not broken and counters["frames"]["total"] <= 8, (broken, counters["frames"])  # in training mode and for the check
+
+
+@compiling
+def test_compiled_layers_with_other_methods_lengths_and_ends(tmp_path, monkeypatch):
+    backend(monkeypatch, "aot_eager")
+
+    def several(folder):
+        a, b, c = alike(folder)
+        b = tiny_run.recipe(folder, name="b", output=b.output, method="DoRA", train__compile=True, train__steps=3, train__tokens=96)
+        return [a, b, replace(c, train=replace(c.train, accumulate=2))]
+
+    notes = ends_as_alone(tmp_path, several)
+    assert "2 layers compiled" in notes[0]["text"]
+
+
+def warnings_of(folder: Path, **more: Any) -> list[str]:
+    notes: list[dict[str, Any]] = []
+    weft.fit_together(tiny_run.model(), alike(folder, **more), tokenizer=tiny_run.tokenizer(), on_event=notes.append)
+    assert all((folder / n / "adapter_model.safetensors").exists() for n in "abc")
+    return [e["text"] for e in notes if e.get("warning")]
+
+
+@compiling
+def test_what_falls_back_is_told(tmp_path, monkeypatch):
+    (padded,) = warnings_of(tmp_path, data__packing=False, train__steps=2)
+    assert "padded rows" in padded and "not compiled" in padded
+
+
+@compiling
+def test_layers_that_do_not_compile_run_as_they_are(tmp_path, monkeypatch):
+    def broken(graph: Any, inputs: Any) -> Any:
+        raise NotImplementedError("no such thing as a compiler")
+
+    backend(monkeypatch, broken)
+    (said,) = warnings_of(tmp_path)
+    assert "could not be compiled" in said and "BackendCompilerFailed" in said
+
+
+@compiling
+def test_a_batched_product_that_is_wrong_is_named_and_not_used(tmp_path, monkeypatch):
+    """Wrong where it is compiled alone, and for one of the adapters."""
+    backend(monkeypatch, "aot_eager")
+    right = lora_rows.side_by_side
+
+    def wrong(mixture: Any, layer: Any, x: torch.Tensor) -> torch.Tensor:
+        y = right(mixture, layer, x)
+        return torch.cat([y[: len(y) // 3], 1.05 * y[len(y) // 3 :]]) if torch.compiler.is_compiling() else y
+
+    monkeypatch.setattr(lora_rows, "side_by_side", wrong)
+    (said,) = warnings_of(tmp_path)
+    assert "does not agree with the plain one" in said and "b: model.layers.0" in said and "a: model.layers.0" not in said
 
 
 def test_other_methods_and_dropout_side_by_side(tmp_path):
@@ -84,8 +173,9 @@ def test_stopped_runs_go_on(tmp_path):
             assert (weights(again.adapter)[key] - value).norm() <= 1e-3 * value.norm(), key
 
 
-def test_one_that_diverges_does_not_stop_the_others(tmp_path):
-    recipes = three(tmp_path)
+@pytest.mark.parametrize("packing", [False, True])
+def test_one_that_diverges_does_not_stop_the_others(tmp_path, packing):
+    recipes = three(tmp_path, data__packing=packing)
     recipes[1] = tiny_run.recipe(tmp_path, name="b", output=str(tmp_path / "b"), train__lr=1e30, train__clip=0.0)
     with pytest.raises(Diverged, match=r"1 of 3 runs diverged(.|\n)*b: stopped at step"):
         weft.fit_together(tiny_run.model(), recipes, tokenizer=tiny_run.tokenizer())

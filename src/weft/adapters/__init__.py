@@ -1,6 +1,6 @@
 """What one does with adapters on a model."""
 
-from weft.adapters.attach import active, adapt, attach, attached, build, names, remove, rows, trainable, use, using
+from weft.adapters.attach import active, adapt, attach, attached, build, by_token, names, remove, rows, trainable, use, using
 from weft.adapters.combine import Kept, combine
 from weft.adapters.combine_factors import combine_factors
 from weft.adapters.convert import convert
@@ -16,6 +16,7 @@ __all__ = [
     "attach",
     "attached",
     "build",
+    "by_token",
     "combine",
     "combine_factors",
     "convert",

@@ -19,6 +19,7 @@ from weft.core import (
     WeftError,
     activate,
     close_site,
+    is_linear,
     is_sharded,
     modules,
     open_site,
@@ -190,26 +191,48 @@ def _owned(site: Site) -> dict[str, nn.Parameter | None]:
 
 
 @contextmanager
-def rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
+def rows(model: nn.Module, names: Sequence[str | None], lengths: Sequence[int] | None = None) -> Iterator[None]:
     """Inside this with-block row i of every batch goes through the adapter `names[i]`, or through the bare base where that is None.
 
     Works with `model.generate`, beam search included (each beam keeps its row's adapter). Raises WeftError for an unknown name.
+    lengths: tokens of each row, for a packed batch, where they lie end to end; its adapters must stand on linear layers (`by_token`).
     """
     found = sites(model)
     distinct = tuple(dict.fromkeys(n for n in names if n is not None))
     check_known(found, distinct)
     before = {path: site.active for path, site in found.items()}
+    moved: dict[tuple[tuple[int, ...], torch.device], torch.Tensor] = {}  # one copy to a device, not one for each site
     try:
         for path, site in found.items():
             slot = slot_of(site)
-            here = [n for n in distinct if n in slot]
-            owner = [here.index(n) if n in here else -1 for n in names]
-            place = next((p.device for n in here for p in slot[n].parameters()), device_of(cast(nn.Module, site))) if here else None
-            activate(site, Mixture([slot[n] for n in here], torch.tensor(owner, device=place), path) if here else ())
+            if not (here := [n for n in distinct if n in slot]):
+                activate(site, ())
+                continue
+            owner = tuple(here.index(n) if n in here else -1 for n in names)
+            mixture = Mixture([slot[n] for n in here], torch.tensor(owner), path, lengths)
+            place = next((p.device for n in here for p in slot[n].parameters()), None) or device_of(cast(nn.Module, site))
+            if place.type != "cpu" and lengths is None:
+                if (owner, place) not in moved:
+                    moved[owner, place] = mixture.rows.to(place)
+                mixture.rows = moved[owner, place]
+            activate(site, mixture)
         yield
     finally:
         for path, site in found.items():
             activate(site, before[path])
+
+
+def by_token(model: nn.Module, method: Method, name: str) -> bool:
+    """Whether the adapter `name`, or the one that the method would make, stands on linear layers alone: they see every token by itself, so
+    that its rows may lie end to end with other adapters' rows. The output head may be given some tokens only, and does not count.
+    """
+    if name in names(model):
+        places: Collection[str] = attached(model, name)
+    else:
+        with torch.device("meta"):
+            places = build(model, method)
+    everything, head = dict(modules(model)), getattr(model, "get_output_embeddings", lambda: None)()
+    return all(is_linear(everything[p]) and everything[p] is not head for p in places)
 
 
 def remove(model: nn.Module, name: str | None = None) -> None:

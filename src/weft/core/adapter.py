@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
@@ -80,6 +81,18 @@ class Adapter(nn.Module):
             out = out.index_copy(0, mine, y)
         return out
 
+    @classmethod
+    def side_by_side(cls, mixture: Mixture, layer: Site, x: Tensor) -> Tensor:
+        """A linear layer where the lines of x (lines, ..., in) lie span by span, as in `mixture.spans`, or a multiple of lines does.
+
+        Slices and whole products: gathered rows, as `mixed` may take them, have a backward pass that scatters.
+        """
+        y: Tensor = layer.frozen(x)
+        each = x.shape[0] // sum(mixture.counts)
+        counts = [n * each for n in mixture.counts]
+        parts = zip(mixture.spans, torch.split(x, counts), torch.split(y, counts), strict=True)
+        return torch.cat([y if slot < 0 else mixture.adapters[slot].forward(Part(layer, x, y), x) for (slot, *_), x, y in parts])
+
 
 def masters(adapter: AnyAdapter) -> AnyAdapter:
     """The adapter with its numbers in fp32, where updates are formed: itself, but where somebody cast a whole model to 16 bits."""
@@ -98,15 +111,24 @@ _version = attrgetter("_version")
 
 
 class Mixture:
-    """What a site does inside `weft.rows(...)`: every row of the batch through its own adapter, or through none."""
+    """What a site does inside `weft.rows(...)`: every row of the batch through its own adapter, or through none.
 
-    def __init__(self, adapters: Sequence[Adapter], rows: Tensor, path: str) -> None:
+    Args:
+        rows: (n,) the place of each row's adapter in `adapters`, or -1.
+        path: The site's, for errors.
+        lengths: Tokens of each row, where all lie end to end in one sequence (a packed batch): for linear layers alone.
+    """
+
+    def __init__(self, adapters: Sequence[Adapter], rows: Tensor, path: str, lengths: Sequence[int] | None = None) -> None:
         self.adapters, self.rows, self.path = tuple(adapters), rows, path
         kinds = {type(a).kin or type(a) for a in adapters}
         self.kind: type[Adapter] = kinds.pop() if len(kinds) == 1 else Adapter
         self.parameters = tuple(p for a in adapters for p in a.parameters())
         self.cache: dict[Any, Any] = {}  # for `mixed`: whatever it wants to keep from one call to the next
-        self.spans = _spans(rows.tolist())
+        self.packed = lengths is not None
+        self.spans = _spans(rows.tolist(), lengths)
+        self.counts = [stop - start for _, start, stop in self.spans]
+        self.even = len(set(self.counts)) == 1 and min(self.spans)[0] >= 0  # whether all spans have an adapter and one length
         self.together = len({slot for slot, *_ in self.spans}) == len(self.spans)  # whether each owner's rows are neighbours
 
     def versions(self) -> tuple[int, ...] | None:
@@ -125,22 +147,26 @@ class Mixture:
         )
 
     def forward(self, layer: Site, *inputs: Any, **kwargs: Any) -> Any:
-        # Adapters that train together own long spans of neighbouring rows: slices and whole products beat gathered ones, whose backward
-        # pass scatters. Either way an adapter is called once, with all its rows in their order.
+        if self.packed:
+            return self._packed(layer, *inputs, **kwargs)
+        # Adapters that train together own long spans of neighbouring rows. Either way each is called once, with all its rows in order.
         if torch.is_grad_enabled() and self.together and is_linear(layer) and len(inputs) == 1:
-            return self._by_span(layer, inputs[0])
+            self.owners(inputs[0])  # as many rows as there are names, or a multiple
+            return self.kind.side_by_side(self, layer, inputs[0])
         return self.kind.mixed(self, layer, *inputs, **kwargs)
 
-    def _by_span(self, layer: Site, x: Tensor) -> Tensor:
-        self.owners(x)  # as many rows as there are names, or a multiple
-        each = x.shape[0] // len(self.rows)
-        counts = [(stop - start) * each for _, start, stop in self.spans]
-        y: Tensor = layer.frozen(x)
-        parts = zip(self.spans, torch.split(x, counts), torch.split(y, counts), strict=True)
-        return torch.cat([y if slot < 0 else self.adapters[slot].forward(Part(layer, x, y), x) for (slot, *_), x, y in parts])
+    def _packed(self, layer: Site, x: Tensor, *inputs: Any, **kwargs: Any) -> Tensor:
+        if inputs or kwargs or not is_linear(layer) or x.shape[:-1].numel() != sum(self.counts):
+            raise WeftError(
+                f"{self.path or 'the model'}: rows of a packed batch can have adapters of their own on linear layers that see every token, "
+                "not here: pad the rows (data.packing: false)"
+            )
+        y = self.kind.side_by_side(self, layer, x.reshape(-1, x.shape[-1]))
+        return y.view(*x.shape[:-1], y.shape[-1])
 
 
-def _spans(owners: Sequence[int]) -> list[tuple[int, int, int]]:
-    """(owner, first row, row behind the last) of each run of rows with one owner."""
+def _spans(owners: Sequence[int], lengths: Sequence[int] | None) -> list[tuple[int, int, int]]:
+    """(owner, first, behind the last) of each run of neighbours with one owner: in rows, or in tokens where the rows' lengths are given."""
     edges = [i for i in range(len(owners)) if i == 0 or owners[i] != owners[i - 1]]
-    return [(owners[a], a, b) for a, b in zip(edges, [*edges[1:], len(owners)], strict=True)]
+    ends = range(len(owners) + 1) if lengths is None else [0, *accumulate(lengths)]
+    return [(owners[a], ends[a], ends[b]) for a, b in zip(edges, [*edges[1:], len(owners)], strict=True)]

@@ -31,6 +31,7 @@ class Batch:
     n_targets: tokens that bear loss.  n_tokens: tokens that are not padding.
     keep: (C,) int64, the positions t at which any row has a target: the head need not run for others. None: unknown.
     lengths: tokens of each row, on the host.
+    owners: the adapter that each row trains, where several train at once; else none.
     """
 
     input_ids: Tensor
@@ -42,6 +43,7 @@ class Batch:
     n_tokens: int
     keep: Tensor | None = None
     lengths: tuple[int, ...] = ()
+    owners: tuple[str, ...] = ()
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on a device. From pinned memory the copies do not wait."""
@@ -114,8 +116,10 @@ def pad(examples: Sequence[Example], pad_id: int = 0) -> Batch:
     )
 
 
-def join(batches: Sequence[Batch], pad_id: int = 0) -> Batch:
-    """Padded batches one below the other, filled up at the right to the longest row of all."""
+def join(batches: Sequence[Batch], owners: Sequence[str], pad_id: int = 0) -> Batch:
+    """The batches of several adapters in one: packed ones end to end, padded ones one below the other and filled up to the longest row."""
+    if all(b.cu_seqlens is not None for b in batches):
+        return _end_to_end(batches, owners)
     width = max(b.input_ids.shape[1] for b in batches)
 
     def filled(name: str, value: int) -> Tensor:
@@ -133,6 +137,28 @@ def join(batches: Sequence[Batch], pad_id: int = 0) -> Batch:
         n_tokens=sum(b.n_tokens for b in batches),
         keep=(targets >= 0).any(0).nonzero().squeeze(1),
         lengths=tuple(n for b in batches for n in b.lengths),
+        owners=tuple(name for b, name in zip(batches, owners, strict=True) for _ in range(b.input_ids.shape[0])),
+    )
+
+
+def _end_to_end(batches: Sequence[Batch], owners: Sequence[str]) -> Batch:
+    """With empty rows at the end alone, up to a power of two of rows, so that a compiler meets few shapes of cu_seqlens."""
+    rows = [(n, name) for b, name in zip(batches, owners, strict=True) for n in b.lengths if n]
+    rows += [(0, rows[-1][1])] * (power_of_two(len(rows)) - len(rows))
+    lengths = tuple(n for n, _ in rows)
+    starts = np.cumsum([0, *(b.input_ids.shape[1] for b in batches)]).tolist()
+    keeps = [b.keep + start for b, start in zip(batches, starts, strict=False) if b.keep is not None]
+    return Batch(
+        input_ids=torch.cat([b.input_ids for b in batches], 1),
+        position_ids=torch.cat([b.position_ids for b in batches], 1),
+        targets=torch.cat([b.targets for b in batches], 1),
+        attention_mask=None,
+        cu_seqlens=torch.tensor(np.cumsum([0, *lengths]), dtype=torch.int32),
+        n_targets=sum(b.n_targets for b in batches),
+        n_tokens=sum(b.n_tokens for b in batches),
+        keep=torch.cat(keeps) if len(keeps) == len(batches) else None,
+        lengths=lengths,
+        owners=tuple(name for _, name in rows),
     )
 
 

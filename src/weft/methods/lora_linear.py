@@ -102,6 +102,17 @@ class LowRank(Factors):
             return super().mixed(mixture, layer, *inputs, **kwargs)
         return lora_rows.mixed(mixture, layer, *inputs)
 
+    @classmethod
+    def side_by_side(cls, mixture: Mixture, layer: Site, x: Tensor) -> Tensor:
+        """One batched product where all are plain LoRAs with equally many lines; else one adapter after another."""
+        if not mixture.even or not all(map(_plain_factors, mixture.adapters)):
+            return super().side_by_side(mixture, layer, x)
+        return lora_rows.side_by_side(mixture, layer, x)
+
 
 def _only_factors(adapter: Any) -> bool:
     return LowRank in (type(adapter), type(adapter).kin) and adapter.b is None and adapter.bias is None and not adapter.dropout
+
+
+def _plain_factors(adapter: Any) -> bool:
+    return type(adapter) is LowRank and _only_factors(adapter)

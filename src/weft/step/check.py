@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import accumulate, pairwise
@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from weft.step.routing import routed
 
 # ‖fast - plain‖ / ‖plain‖: of the loss, of all gradients together, and of one parameter's gradient. In fp32 only the order of sums
 # differs. In 16 bit every layer rounds, and the two paths round elsewhere: 0.05 apart for 16 layers of random weights, 0.12 for 32. fp8
@@ -33,7 +35,7 @@ def pieces(batch: Any, tokens: int) -> list[Any]:
     if batch.cu_seqlens is None:
         step = max(1, tokens // batch.input_ids.shape[1])
         rows = [slice(i, i + step) for i in range(0, batch.input_ids.shape[0], step)]
-        names = ("input_ids", "position_ids", "targets", "attention_mask")
+        names = ("input_ids", "position_ids", "targets", "attention_mask", "owners")
         return [replace(batch, **{n: None if (t := getattr(batch, n)) is None else t[r] for n in names}) for r in rows]
     starts, cuts = [0, *accumulate(batch.lengths)], [0]
     for i in range(1, len(starts)):
@@ -47,16 +49,20 @@ def pieces(batch: Any, tokens: int) -> list[Any]:
         ids, places, targets = (getattr(batch, n)[:, span] for n in ("input_ids", "position_ids", "targets"))
         ends = batch.cu_seqlens[first : last + 1] - batch.cu_seqlens[first]
         made.append(replace(batch, input_ids=ids, position_ids=places, targets=targets, cu_seqlens=ends, keep=None,
-                            lengths=batch.lengths[first:last]))  # fmt: skip
+                            lengths=batch.lengths[first:last], owners=batch.owners[first:last]))  # fmt: skip
     return made
 
 
-def measure(losses: Iterable[Tensor], parameters: Mapping[str, nn.Parameter]) -> tuple[float, dict[str, Tensor]]:
-    """The sum of some losses, one pass after another, and every parameter's gradient of it; gradients are zero afterwards."""
+def measure(
+    model: nn.Module, batches: Iterable[Any], loss: Callable[[Any], Tensor], parameters: Mapping[str, nn.Parameter]
+) -> tuple[float, dict[str, Tensor]]:
+    """The sum of some batches' losses, one pass after another, and every parameter's gradient of it; gradients are zero afterwards."""
     total = 0.0
-    for loss in losses:
-        loss.backward()  # type: ignore[no-untyped-call]
-        total += float(loss.detach())
+    for batch in batches:
+        with routed(model, batch):
+            part = loss(batch)
+            part.backward()  # type: ignore[no-untyped-call]
+        total += float(part.detach())
     grads = {}
     for name, p in parameters.items():
         if p.grad is not None:

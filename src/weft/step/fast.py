@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +26,9 @@ from weft.kernels.scratch import release
 from weft.quant import QuantLinear
 from weft.step.check import bounds, differences, measure, pieces, stirred
 from weft.step.fp8 import BOUND, narrowable, watched
-from weft.step.loss import Batch, fusible, loss_sum, unmaskable
+from weft.step.loss import Batch, fusible, loss_sum, loss_sums, unmaskable
 from weft.step.regions import install, repeated, uninstall
+from weft.step.routing import each, routed
 
 logger = logging.getLogger("weft")
 Memory = float | int | str  # "auto", a share (0 to 1), or bytes
@@ -55,6 +58,14 @@ class Fast:
     def loss(self, batch: Batch) -> Tensor:
         """Sum of the cross-entropies of a micro-batch, () fp32."""
         return loss_sum(self.model, batch, self.head, unmasked=self.unmasked)
+
+    def losses(self, batch: Batch, counts: Sequence[int]) -> list[Tensor]:
+        """The same for each owner of a batch, as `loss_sums` counts them. Call it, and the backward pass, within `routed(batch)`."""
+        return loss_sums(self.model, batch, counts, self.head, unmasked=self.unmasked)
+
+    def routed(self, batch: Batch) -> AbstractContextManager[None]:
+        """Within it every row of this batch goes through its owner's adapter."""
+        return routed(self.model, batch)
 
     def install(self, level: float) -> None:
         """Regions for this level of memory."""
@@ -112,9 +123,11 @@ def prepare(
     device, layers = batch.input_ids.device, repeated(model)
     cuda = device.type == "cuda"
     compiled = (cuda if compile is None else compile) and bool(layers)
-    head = fusible(model)
+    heads = [fusible(model) for _ in each(model, batch)]
+    head = heads[0] if all(h is heads[0] for h in heads) else None
     level = _level(model, batch, memory, layers)
-    fast = Fast(model, compiled, head, varying, level, layers, cuda, unmaskable(model, batch, head))
+    with routed(model, batch):
+        fast = Fast(model, compiled, head, varying, level, layers, cuda, unmaskable(model, batch, head))
     if fp8:
         fast.narrow = narrowable(model)
         if not fast.narrow:
@@ -141,7 +154,7 @@ def _try(fast: Fast, batch: Batch, parameters: Mapping[str, nn.Parameter], self_
         while True:
             out_of_memory = False
             try:
-                found = measure((fast.loss(b) for b in (batch,)), parameters)
+                found = measure(fast.model, [batch], fast.loss, parameters)
                 break
             except torch.OutOfMemoryError:
                 out_of_memory = True
@@ -183,8 +196,8 @@ def _plain(
         install(fast.layers, False, fast.varying, len(fast.layers), False, 1.0)
     try:
         with watched(list(fast.narrow.values())) as apart:
-            parts = (loss_sum(fast.model, b, fast.head, plain=True) for b in pieces(batch, CHECKED))
-            found = measure(parts, parameters)
+            plainly = partial(loss_sum, fast.model, head=fast.head, plain=True)
+            found = measure(fast.model, pieces(batch, CHECKED), plainly, parameters)
     except torch.OutOfMemoryError:
         _clear(parameters)
         say("the self-check was left out: the plain path does not fit into the memory")

@@ -36,6 +36,7 @@ class Batch(Protocol):
     cu_seqlens: Tensor | None
     keep: Tensor | None
     lengths: tuple[int, ...]
+    owners: tuple[str, ...]
 
 
 def loss_sum(model: nn.Module, batch: Batch, head: nn.Linear | None = None, plain: bool = False, unmasked: bool = False) -> Tensor:
@@ -48,24 +49,32 @@ def loss_sum(model: nn.Module, batch: Batch, head: nn.Linear | None = None, plai
     never formed (`weft.kernels.linear_cross_entropy`).  plain: by that operation's reference.
     unmasked: leave out the attention mask of a padded batch, where `unmaskable` found that it changes nothing.
     """
-    return loss_sums(model, batch, (batch.input_ids.shape[0],), head, plain, unmasked)[0]
+    return loss_sums(model, batch, None, head, plain, unmasked)[0]
 
 
 def loss_sums(
-    model: nn.Module, batch: Batch, counts: Sequence[int], head: nn.Linear | None = None, plain: bool = False, unmasked: bool = False
+    model: nn.Module, batch: Batch, counts: Sequence[int] | None, head: nn.Linear | None = None, plain: bool = False, unmasked: bool = False
 ) -> list[Tensor]:
-    """The same for several owners of rows, each a sum of its own: the first `counts[0]` rows are those of the first owner, and so on."""
+    """The same for several owners of rows, each a sum of its own: the first `counts[0]` rows are those of the first owner, and so on.
+
+    Of a packed batch, the first `counts[0]` tokens that have a target. None: all are one owner's.
+    """
+    dim = 0 if batch.cu_seqlens is None else 1
     if head is None:
         logits, targets = _logits(model, batch, unmasked)
         if logits.dtype in (torch.bfloat16, torch.float16):
             logits = logits.float()
-        pairs = zip(logits.split(list(counts)), targets.split(list(counts)), strict=True)
+        pairs = zip(_split(logits, counts, dim), _split(targets, counts, dim), strict=True)
         return [F.cross_entropy(x.flatten(0, -2), t.flatten(), ignore_index=-100, reduction="sum") for x, t in pairs]
     with _passing(head):
         hidden, targets = _logits(model, batch, unmasked)
     work = linear_cross_entropy_sliced if plain else linear_cross_entropy
-    pairs = zip(hidden.split(list(counts)), targets.split(list(counts)), strict=True)
+    pairs = zip(_split(hidden, counts, dim), _split(targets, counts, dim), strict=True)
     return [work(h.flatten(0, -2), head.weight, t.flatten(), head.bias) for h, t in pairs]
+
+
+def _split(t: Tensor, counts: Sequence[int] | None, dim: int) -> Sequence[Tensor]:
+    return (t,) if counts is None else t.split(list(counts), dim)
 
 
 def fusible(model: nn.Module) -> nn.Linear | None:

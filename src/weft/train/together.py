@@ -2,12 +2,12 @@
 
 Every run keeps what it has alone: its data and their order, optimiser, schedule, evaluations, checkpoints and metrics. Only the forward
 and backward passes are shared: the rows of all runs lie in one batch, and each row goes through its own run's adapter. Adapters share no
-parameter, so the gradient of the summed losses is each run's own gradient.
+parameter, so the gradient of the summed losses is each run's own gradient. The passes are those of `weft.step`, as in a run alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from itertools import zip_longest
@@ -18,9 +18,10 @@ from torch import nn
 
 import weft.adapters
 from weft.core import WeftError
-from weft.data import join
+from weft.data import Batch, join
+from weft.methods.lora_init import ELSEWHERE
 from weft.models import load_tokenizer
-from weft.step import fusible, loss_sums
+from weft.step import Fast, prepare
 from weft.train import start
 from weft.train.fit import Result, RunData, adapted, describe_plan, facts, finish, with_threads
 from weft.train.guard import Diverged, Interrupted, Signals
@@ -31,11 +32,8 @@ from weft.train.recipe import Recipe, checked
 from weft.train.run import Event, Run
 
 
-def train_together(runs: Sequence[Run], lost: dict[str, Diverged]) -> None:
+def train_together(runs: Sequence[Run], fast: Fast, lost: dict[str, Diverged]) -> None:
     """Take every run's steps side by side until all are over. One that diverges goes into `lost`, by its name; the others go on."""
-    model = runs[0].model
-    model.train()
-    head = fusible(model)
     for run in runs:
         run.start()
     while steps := [(run, group) for run in runs if run.recipe.name not in lost and (group := run.next_group())]:
@@ -44,11 +42,10 @@ def train_together(runs: Sequence[Run], lost: dict[str, Diverged]) -> None:
         targets = [sum(batch.n_targets for batch in group) for _, group in steps]
         losses = [torch.zeros((), device=run.device) for run, _ in steps]
         for micro in zip_longest(*(group for _, group in steps)):
-            there = [i for i, batch in enumerate(micro) if batch is not None]
-            counts = [micro[i].input_ids.shape[0] for i in there]
-            owners = [steps[i][0].recipe.name for i, n in zip(there, counts, strict=True) for _ in range(n)]
-            with weft.adapters.rows(model, owners):
-                sums = loss_sums(model, join([micro[i] for i in there]).to(runs[0].device), counts, head)
+            there = {i: batch for i, batch in enumerate(micro) if batch is not None}
+            batch = join(list(there.values()), [steps[i][0].recipe.name for i in there]).to(runs[0].device)
+            with fast.routed(batch):
+                sums = fast.losses(batch, _counts(there.values()))
                 parts = [loss / targets[i] for i, loss in zip(there, sums, strict=True)]
                 torch.stack(parts).sum().backward()  # type: ignore[no-untyped-call]
             for i, part in zip(there, parts, strict=True):
@@ -58,6 +55,39 @@ def train_together(runs: Sequence[Run], lost: dict[str, Diverged]) -> None:
                 update(run, group, loss)
             except Diverged as e:
                 lost[run.recipe.name] = e
+
+
+def _counts(batches: Iterable[Batch]) -> list[int]:
+    """How the losses of joined batches are told apart: by their rows, or by their targets where they are packed."""
+    return [b.input_ids.shape[0] if b.cu_seqlens is None else b.n_targets for b in batches]
+
+
+def prepared(runs: Sequence[Run], tell: Callable[[Event], None]) -> Fast:
+    """The fast path of a step of all runs, chosen and tried on a batch of each run's largest.
+
+    Layers are compiled where batches are packed: those have one shape as long as the same runs go on. Padded ones differ in shape and in
+    whose is which row, and would be compiled anew in step after step.
+    """
+    c, device = runs[0].config, runs[0].device
+    packed = all(run.batches.packing for run in runs)
+    wanted = device.type == "cuda" if c.compile is None else c.compile
+    compiled = wanted and packed
+    if wanted and not packed:
+        what = "several adapters train on padded rows, in batches of ever new shapes: the layers are not compiled but run as they are"
+        tell({"event": "note", "text": what, "warning": True})
+    for run in runs:
+        run.batches.even = compiled
+    largest = [max(run.batches.epoch(0), key=lambda b: b.input_ids.numel()) for run in runs]
+    batch = join(largest, [run.recipe.name for run in runs]).to(device)
+    parameters = {f"{run.recipe.name}: {path}": p for run in runs for path, p in run.parameters.items()}
+    runs[0].model.train()
+    fast = prepare(
+        runs[0].model, batch, parameters, memory=c.memory, compile=compiled, fp8=c.fp8, varying=not compiled,
+        self_check=c.self_check, say=lambda text: tell({"event": "note", "text": text, "warning": True}),
+    )  # fmt: skip
+    for line in (fast.describe(), *fast.said):
+        tell({"event": "note", "text": line})
+    return fast
 
 
 def run_recipes(
@@ -74,24 +104,27 @@ def fit_together(
     model: nn.Module, recipes: Sequence[Recipe], *, tokenizer: Any = None, resume: str = "auto", overwrite: bool = False,
     on_event: Callable[[Event], None] | None = None,
 ) -> list[Result]:  # fmt: skip
-    """Train several adapters at once, each as `weft.fit` would train it alone with `data.packing: false`.
+    """Train several adapters at once, each as `weft.fit` would train it alone.
 
     They end with the same weights but for the rounding of sums, and for the masks of dropout, which are drawn for all rows together.
+    Rows are packed where every adapter stands on linear layers alone (`weft.adapters.by_token`), as LoRA's usual targets do; if one does
+    not, all are padded, as alone with `data.packing: false`.
 
     Args:
         recipes: one for each adapter, with names and outputs of their own and the same base and device.
-        on_event: called with each run's events, which say the run's "name".
+        on_event: called with each run's events, which say the run's "name"; what is of all has the name "all runs".
         The rest is as for `weft.fit`.
     Raises:
         WeftError: recipes that cannot be used together, and all that `fit` raises. Diverged, when all others are finished, if one diverged.
         Interrupted: a checkpoint of every run was written.
     """
-    recipes = [replace(checked(r), data=replace(r.data, packing=False)) for r in recipes]  # rows are told apart by where they stand
-    _alike(recipes)
+    _alike([checked(r) for r in recipes])
     first = recipes[0]
     tokenizer = load_tokenizer(first.model) if tokenizer is None else tokenizer
     if first.train.device not in ("auto", str(next(model.parameters()).device)):
         model.to(first.train.device)
+    if not all(r.data.packing and _by_token(model, r) for r in recipes):  # padded rows are told apart by where they stand
+        recipes = [replace(r, data=replace(r.data, packing=False)) for r in recipes]
     outputs = [Output(r, resume, overwrite) for r in recipes]
     lost: dict[str, Diverged] = {}
     results: list[Result] = []
@@ -113,8 +146,10 @@ def fit_together(
             run.resume(output.begin(facts(run, d)))
             show.text(f"{run.recipe.name}: {describe_plan(run)}")
             run.tell({"event": "start", "step": run.state.step, "steps": run.steps})
+        shared = _teller("all runs", Show("off" if first.train.progress == "off" else "lines", name="all runs"), on_event)
+        after.callback((fast := prepared(runs, shared)).close)
         try:
-            train_together(runs, lost)
+            train_together(runs, fast, lost)
             for run, output, d in zip(runs, outputs, data, strict=True):
                 if run.recipe.name not in lost:
                     with weft.adapters.using(model, run.recipe.name):
@@ -130,6 +165,13 @@ def fit_together(
         told = "\n  ".join(f"{name}: {e}" for name, e in lost.items())
         raise Diverged(f"{len(lost)} of {len(runs)} runs diverged; lower their train.lr. Finished: {finished}\n  {told}")
     return results
+
+
+def _by_token(model: nn.Module, recipe: Recipe) -> bool:
+    method: Any = recipe.method
+    if getattr(method, "init", None) in ELSEWHERE:  # where it stands does not depend on how it starts
+        method = replace(method, init="kaiming")
+    return weft.adapters.by_token(model, method, recipe.name)
 
 
 def _losses(result: Result) -> str:
@@ -153,7 +195,8 @@ def _alike(recipes: Sequence[Recipe]) -> None:
     wrong = []
     for what, get in (
         ("model", lambda r: r.model), ("base", lambda r: r.base), ("train.device", lambda r: r.train.device),
-        ("train.threads", lambda r: r.train.threads),
+        ("train.threads", lambda r: r.train.threads), ("train.memory", lambda r: r.train.memory), ("train.fp8", lambda r: r.train.fp8),
+        ("train.compile", lambda r: r.train.compile), ("train.self_check", lambda r: r.train.self_check),
     ):  # fmt: skip
         if len(found := dict.fromkeys(get(r) for r in recipes)) > 1:
             wrong.append(f"{what} must be one for all runs, not {', '.join(map(str, found))}")
