@@ -6,7 +6,9 @@ from functools import partial
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
 
 import weft
 from tests.step.test_loss import build, rows
@@ -21,7 +23,7 @@ from weft.step import loss_sum, prepare
 from weft.step.check import pieces
 from weft.step.fp8 import narrowable
 from weft.step.loss import fusible
-from weft.step.regions import repeated
+from weft.step.regions import install, repeated, uninstall
 
 
 @pytest.mark.parametrize(("n", "d", "V", "rows", "bias"), [(1, 3, 5, 1, False), (37, 16, 97, 10, True), (128, 33, 1001, 128, False)])
@@ -116,6 +118,31 @@ def test_compiled_layers(memory):
     weft.adapt(model, weft.LoRA(rank=3)).train()
     batch = pad(rows([9, 4, 7])) if memory else pack(rows([9, 4, 7]))
     assert check(model, batch, compile=True, memory=memory).compiled
+
+
+@pytest.mark.parametrize("varying", [False, True])
+def test_floats_are_constants_of_a_compiled_layer(monkeypatch, varying):
+    """Where shapes vary torch makes them inputs of the graph, on the CPU: on a card it would build C++ for them. Without a mask no other
+    number is among them either."""
+    model = build("Llama", {}).requires_grad_(False)
+    weft.adapt(model, weft.LoRA(rank=3, alpha=5)).train()
+    batch, graphs = pad(rows([9, 4, 7])), []
+
+    def keep(graph, _):
+        graphs.append(graph)
+        return make_boxed_func(graph.forward)
+
+    compile = partial(torch.compile, backend=aot_autograd(fw_compiler=keep, bw_compiler=keep))
+    monkeypatch.setattr("weft.step.regions.torch.compile", compile)
+    layers = repeated(model)
+    install(layers, True, varying, 0, False, 1.0)
+    try:
+        loss_sum(model, batch, unmasked=True).backward()
+    finally:
+        uninstall(layers)
+    values = [node.meta.get("val") for graph in graphs for node in graph.graph.nodes]
+    assert len(graphs) == 2 and any(isinstance(v, torch.Tensor) for v in values)  # forward and backward, one pair for both layers
+    assert not [v for v in values if isinstance(v, torch.SymFloat) or (isinstance(v, torch.Tensor) and v.dim() == 0)]
 
 
 def test_a_fast_path_that_is_wrong_is_named_and_not_used(monkeypatch):

@@ -175,6 +175,8 @@ def install(layers: list[nn.Module], compile: bool, varying: bool, recompute: in
         aot.activation_memory_budget = budget
         torch._dynamo.reset()  # graphs of another budget
         torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)  # kinds of layer, modes, ranks
+        # Where shapes vary every float (a scale, an epsilon) would be an input, as a tensor on the CPU: C++ to build in a card's graph.
+        torch._dynamo.config.specialize_float = True
     away = Offload() if offload else None
     for i, layer in enumerate(layers):
         layer._compiled_call_impl = Region(layer, compile, varying, i < recompute, away)
