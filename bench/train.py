@@ -118,9 +118,11 @@ def weft_side(shape: str, fmt: str, memory: float, kind: str, method: str, devic
     import weft
     from weft.data.batches import filled
     from weft.models import attention
-    from weft.step import prepare
+    from weft.step import prepare, warm
     from weft.train.flat import Flat
 
+    if device == "cuda":
+        warm()  # as `weft train` does when it begins to load
     model = base(shape, device)
     if fmt != "bf16":
         from weft.quant import quantise_

@@ -90,7 +90,7 @@ def _few(  # type: ignore[no-untyped-def]
 
 
 def one_token(
-    x: Tensor, args: tuple[Any, ...], y: Tensor, meta: dict[str, Any], rows: int = 4, groups: int = 128, warps: int = 4
+    x: Tensor, args: tuple[Any, ...], y: Tensor, meta: dict[str, Any], rows: int = 2, groups: int = 32, warps: int = 1
 ) -> Tensor:
     """y (tokens, outputs) for x (tokens, inputs), each token by itself, in fp32 throughout.
 
@@ -104,7 +104,7 @@ def one_token(
 
 
 def few_tokens(
-    x: Tensor, args: tuple[Any, ...], y: Tensor, meta: dict[str, Any], rows: int = 16, groups: int = 16, warps: int = 8, stages: int = 3
+    x: Tensor, args: tuple[Any, ...], y: Tensor, meta: dict[str, Any], rows: int = 16, groups: int = 8, warps: int = 4, stages: int = 4
 ) -> Tensor:
     """The same, sixteen tokens at a time on tensor cores; a weight is rounded to x's dtype, as decoding does. 2 · `groups` ≥ `warps`."""
     inputs, outputs = x.shape[1], y.shape[1]

@@ -4,5 +4,6 @@ from __future__ import annotations
 
 from weft.step.fast import Fast, prepare
 from weft.step.loss import fusible, loss_sum, loss_sums
+from weft.step.regions import warm
 
-__all__ = ["Fast", "fusible", "loss_sum", "loss_sums", "prepare"]
+__all__ = ["Fast", "fusible", "loss_sum", "loss_sums", "prepare", "warm"]

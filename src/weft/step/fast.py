@@ -1,6 +1,7 @@
 """The fast path of a training step, chosen here and nowhere else.
 
     compiled layers         each repeated layer is one graph (CUDA)
+    gated MLPs              what lies between their products is one operation each way, where all three have LoRA
     no logits               the head and the loss are one operation, a slice of tokens at a time
     no mask                 padded rows go without one where a token never looks right, which is where padding is
     a budget of memory      what is kept for the backward pass and what is made again, by what the card has free
@@ -22,18 +23,22 @@ import torch
 from torch import Tensor, nn
 
 from weft.core import WeftError, features, is_linear, modules
+from weft.kernels.launch import usable
 from weft.kernels.scratch import release
 from weft.quant import QuantLinear
+from weft.step import gated
 from weft.step.check import bounds, differences, measure, pieces, stirred
 from weft.step.fp8 import BOUND, narrowable, watched
 from weft.step.loss import Batch, fusible, loss_sum, loss_sums, unmaskable
-from weft.step.regions import install, repeated, uninstall
+from weft.step.regions import install, repeated, uninstall, warm
 from weft.step.routing import each, routed
 
 logger = logging.getLogger("weft")
 Memory = float | int | str  # "auto", a share (0 to 1), or bytes
-LEVELS = (1.0, 0.7, 0.4, 0.1, 0.0)  # share of the activations kept; below RECOMPUTE: each layer's input alone; 0: nothing on the card
+LEVELS = (1.0, 0.5, 0.3, 0.1, 0.0)  # share of the activations kept; below RECOMPUTE: each layer's input alone; 0: nothing on the card
 RECOMPUTE = 0.2
+MOST = 0.99  # of the compiler's budget: below 1 it makes again what no matrix product is needed for, for 0.4% of an 8B step's time,
+LEAN = 0.67  # and then keeps this share (25 GB of 37)
 AWAY = 0.2  # level 0 keeps this share in the host's memory: what PCIe 5 moves while a layer of an 8-billion Llama works
 CHECKED = 2048  # tokens of a piece of the self-check's plain pass, which forms more at once than the fast one
 SPARE = 0.88  # of what is free may be planned for: the allocator cuts memory into pieces, and kernels want workspaces
@@ -52,6 +57,7 @@ class Fast:
     cuda: bool
     unmasked: bool = False  # padded rows go without their attention mask
     narrow: dict[str, QuantLinear] = field(default_factory=dict)  # the layers that multiply in fp8, by path
+    mlps: list[nn.Module] = field(default_factory=list)  # gated ones whose inside is one operation
     said: list[str] = field(default_factory=list)
     compile_seconds: float = 0.0
 
@@ -71,22 +77,27 @@ class Fast:
         """Regions for this level of memory."""
         self.level = level
         offload = level == 0 and self.cuda
-        share, recompute = AWAY if offload else 0.0 if level < RECOMPUTE else level, 0
+        share, recompute = AWAY if offload else 0.0 if level < RECOMPUTE else min(level, MOST), 0
         if not self.compiled:  # without a compiler to choose what is cheap, whole layers are kept or not
             share, recompute = 1.0, len(self.layers) if level < RECOMPUTE else round((1 - level) * len(self.layers))
         self.close()
         for layer in self.narrow.values():
             layer.narrow = True
+        if self.compiled:
+            gated.install(self.mlps)
         if self.compiled or recompute:
             install(self.layers, self.compiled, self.varying, recompute, offload, share)
 
     def close(self) -> None:
         uninstall(self.layers)
+        gated.uninstall(self.mlps)
         for layer in narrowable(self.model, everywhere=True).values():
             layer.narrow = False
 
     def describe(self) -> str:
         parts = [f"{len(self.layers)} layers compiled" if self.compiled else "layers as they are"]
+        if self.compiled and self.mlps:
+            parts.append(f"{len(self.mlps)} gated MLPs fused")
         if self.narrow:
             parts.append(f"{len(self.narrow)} products in fp8")
         parts.append("no logits formed" if self.head is not None else "all logits formed")
@@ -125,9 +136,13 @@ def prepare(
     compiled = (cuda if compile is None else compile) and bool(layers)
     heads = [fusible(model) for _ in each(model, batch)]
     head = heads[0] if all(h is heads[0] for h in heads) else None
-    level = _level(model, batch, memory, layers)
+    level = _level(batch, memory, layers, compiled)
     with routed(model, batch):
         fast = Fast(model, compiled, head, varying, level, layers, cuda, unmaskable(model, batch, head))
+        if compiled and usable(batch.input_ids):
+            fast.mlps = gated.gated_mlps(model)
+    if compiled:
+        warm()
     if fp8:
         fast.narrow = narrowable(model)
         if not fast.narrow:
@@ -147,42 +162,58 @@ def prepare(
 
 
 def _try(fast: Fast, batch: Batch, parameters: Mapping[str, nn.Parameter], self_check: bool, say: Callable[[str], None]) -> None:
+    """Run the micro-batch both ways; what fails, does not fit or does not agree is left out, the fused MLPs before all of it."""
     started = time.perf_counter()
     with stirred(parameters, batch.input_ids.device):
         plain = _plain(fast, batch, parameters, say) if self_check else None
-        fast.install(fast.level)
         while True:
-            out_of_memory = False
-            try:
-                found = measure(fast.model, [batch], fast.loss, parameters)
+            fast.install(fast.level)
+            found, failed = _pass(fast, batch, parameters, say)
+            if plain is not None and found is not None:
+                kind, limits = bounds(fast.model, bool(fast.narrow))
+                agreed, wrong = differences(found, plain, limits)
+                if wrong:
+                    failed = "does not agree with the plain one:\n  " + "\n  ".join(wrong[:8])
+                    failed += f"\n  and {len(wrong) - 8} more" if len(wrong) > 8 else ""
+                else:
+                    fast.said.append(f"self-check ({kind}): {agreed}")
+            if not failed:
                 break
-            except torch.OutOfMemoryError:
-                out_of_memory = True
-            except Exception as e:  # a compiler's failure has many types; the plain path is right, only slower
-                if not fast.compiled:
-                    raise
-                say(f"the layers could not be compiled and run as they are ({type(e).__name__}: {str(e).strip().splitlines()[0][:300]})")
+            if fast.compiled and fast.mlps:
+                say(f"gated MLPs are not fused: the step with them {failed}")
+                fast.close()
+                fast.mlps = []
+            elif found is None:
+                say(f"the layers run as they are: the step {failed}")
                 fast.compiled = False
+            else:
+                say(f"the plain step is used: the fast step {failed}")
+                fast.compiled, fast.head, fast.unmasked, fast.narrow = False, None, False, {}
                 fast.install(fast.level)
-            if out_of_memory:
-                _clear(parameters)
-                lower = [level for level in LEVELS if level < fast.level]
-                if not lower:
-                    raise WeftError("a micro-batch does not fit into the memory, whatever is recomputed: lower train.tokens")
-                say(f"out of memory with {fast.level:.0%} of the activations kept; trying less")
-                fast.install(lower[0])
+                break
     fast.compile_seconds = time.perf_counter() - started
-    if plain is None:
-        return
-    kind, limits = bounds(fast.model, bool(fast.narrow))
-    agreed, wrong = differences(found, plain, limits)
-    if wrong:
-        listed = "\n  ".join(wrong[:8] + ([f"and {len(wrong) - 8} more"] if len(wrong) > 8 else []))
-        say(f"the fast step does not agree with the plain one, which is used instead:\n  {listed}")
-        fast.compiled, fast.head, fast.unmasked, fast.narrow = False, None, False, {}
-        fast.install(fast.level)
-    else:
-        fast.said.append(f"self-check ({kind}): {agreed}")
+
+
+def _pass(
+    fast: Fast, batch: Batch, parameters: Mapping[str, nn.Parameter], say: Callable[[str], None]
+) -> tuple[tuple[float, dict[str, Tensor]] | None, str]:
+    """(loss and gradients of the micro-batch at the highest level of memory that fits, why there are none)."""
+    while True:
+        try:
+            return measure(fast.model, [batch], fast.loss, parameters), ""
+        except torch.OutOfMemoryError:
+            pass  # what it holds goes with the exception, before the next try
+        except Exception as e:  # a compiler's failure has many types; the plain path is right, only slower
+            if not fast.compiled:
+                raise
+            _clear(parameters)
+            return None, f"could not be compiled ({type(e).__name__}: {str(e).strip().splitlines()[0][:300]})"
+        _clear(parameters)
+        lower = [level for level in LEVELS if level < fast.level]
+        if not lower:
+            raise WeftError("a micro-batch does not fit into the memory, whatever is recomputed: lower train.tokens")
+        say(f"out of memory with {fast.level:.0%} of the activations kept; trying less")
+        fast.install(lower[0])
 
 
 def _plain(
@@ -233,7 +264,7 @@ def _active_dropout(model: nn.Module) -> bool:
     return False
 
 
-def _level(model: nn.Module, batch: Batch, memory: Memory, layers: list[nn.Module]) -> float:
+def _level(batch: Batch, memory: Memory, layers: list[nn.Module], compiled: bool) -> float:
     """The share of activations to keep. On a CPU "auto" keeps all."""
     device = batch.input_ids.device
     if not isinstance(memory, str) and memory <= 1:
@@ -247,7 +278,7 @@ def _level(model: nn.Module, batch: Batch, memory: Memory, layers: list[nn.Modul
     need = activation_bytes(layers, batch.input_ids.numel())
     fixed = 3 * need / max(len(layers), 1) + 2**30  # a layer's own temporaries and the loss's slice, in either case
     share = (SPARE * free - fixed) / max(need, 1)
-    return next((level for level in LEVELS if level <= share), 0.0)
+    return next((level for level in LEVELS if min(level, LEAN if compiled else 1.0) <= share), 0.0)
 
 
 def activation_bytes(layers: list[nn.Module], tokens: int) -> int:

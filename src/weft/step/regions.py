@@ -11,6 +11,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import cache
+from importlib import import_module
+from threading import Thread
 from typing import Any
 from weakref import ref
 
@@ -164,6 +167,22 @@ class Offload:
         back, kept.back = kept.back, None
         self.pinned[(back.shape, back.stride(), back.dtype)].append(kept.host)
         return back
+
+
+@cache
+def warm() -> Thread:
+    """Begin in the background to import the compiler and to start its workers: seconds that the first step need not wait for."""
+
+    def begin() -> None:
+        import_module("torch._inductor.compile_fx")
+        from torch._inductor.async_compile import AsyncCompile
+
+        AsyncCompile.warm_pool()
+        AsyncCompile.wakeup()
+
+    thread = Thread(target=begin, name="weft-warms-the-compiler", daemon=True)
+    thread.start()
+    return thread
 
 
 def install(layers: list[nn.Module], compile: bool, varying: bool, recompute: int, offload: bool, budget: float) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import nn
 
 import weft.adapters
@@ -17,7 +18,7 @@ from weft.methods import LoRA
 from weft.methods.lora_init import ELSEWHERE
 from weft.models import load_base
 from weft.models.load import skeleton
-from weft.step import loss_sum
+from weft.step import loss_sum, warm
 from weft.train.evaluate import evaluating
 from weft.train.output import Output
 from weft.train.recipe import Recipe
@@ -28,6 +29,9 @@ LOOKS_AT = 8  # micro-batches that EVA sees
 def load(recipes: Sequence[Recipe], outputs: Sequence[Output]) -> Any:
     """The recipes' one base. The LoRAs that begin with what packing it loses are on it already, but for runs that go on anyway."""
     first = recipes[0]
+    compiled = torch.cuda.is_available() and first.train.device != "cpu" if first.train.compile is None else first.train.compile
+    if compiled:
+        warm()
     begin = [r for r, output in zip(recipes, outputs, strict=True) if _start(r.method) == "loftq" and output.latest() is None]
     frame = skeleton(first.model) if begin else None
     if getattr(getattr(frame, "config", None), "quantization_config", None) is not None:

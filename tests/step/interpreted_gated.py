@@ -1,0 +1,37 @@
+"""Run by test_gated.py under TRITON_INTERPRET=1, which Triton reads when it is imported: the kernels against their plain twins."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from weft.kernels.gated import gated_backward_reference, gated_reference
+from weft.kernels.launch import kernels
+
+
+def near(a: Tensor, b: Tensor) -> None:
+    assert a.dtype == b.dtype and a.shape == b.shape
+    error = float((a.double() - b.double()).norm() / b.double().norm())
+    assert error <= (1e-5 if a.dtype == torch.float32 else 2e-3), (error, a.shape, a.dtype)
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    triton, tried = kernels("triton_gated"), 0
+    cases = [(5, 7, 1, 2, 3, torch.float32), (130, 200, 8, 16, 20, torch.float32), (64, 128, 16, 16, 16, torch.float16),
+             (1100, 96, 4, 40, 16, torch.float32), (1, 300, 16, 16, 16, torch.float16)]  # fmt: skip
+    for n, width, rg, ru, rd, dtype in cases:
+        g, u, dh, Sg, Su, dS = (torch.randn(n, k).to(dtype) for k in (width, width, width, rg, ru, rd))
+        Bg, Bu, A = (0.3 * torch.randn(width, r).to(dtype) for r in (rg, ru, rd))
+        A = A.T.contiguous()
+        near(triton.gated_triton(g, u, Sg, Bg, Su, Bu), gated_reference(g, u, Sg, Bg, Su, Bu))
+        back = (dh, dS, g, u, Sg, Bg, Su, Bu, A)
+        for a, b in zip(triton.gated_backward_triton(*back), gated_backward_reference(*back), strict=True):
+            near(a, b)
+            tried += 1
+        tried += 1
+    print(tried, "equal")
+
+
+if __name__ == "__main__":
+    main()

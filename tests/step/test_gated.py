@@ -1,0 +1,140 @@
+"""The fused inside of gated MLPs: the operation against plain products, and whole models with it against themselves without."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import weft
+from tests.step.test_loss import build, rows
+from weft.data import pad
+from weft.kernels.gated import gated, gated_reference
+from weft.step import gated as step_gated
+from weft.step import loss_sum, prepare
+
+
+@pytest.mark.parametrize(("n", "width", "ranks"), [(1, 3, (1, 1, 1)), (9, 11, (2, 3, 4)), (40, 17, (16, 1, 5))])
+def test_the_operation_and_its_gradients(n, width, ranks):
+    torch.manual_seed(n)
+    rg, ru, rd = ranks
+    shapes = [(n, width), (n, width), (n, rg), (width, rg), (n, ru), (width, ru), (rd, width)]
+    given = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes]
+    g, u, Sg, Bg, Su, Bu, A = given
+    gate, up = g + Sg @ Bg.T, u + Su @ Bu.T
+    want = torch.nn.functional.silu(gate) * up
+    h, S = gated(*given)
+    torch.testing.assert_close(h, want)
+    torch.testing.assert_close(S, want @ A.T)
+    dh, dS = torch.randn_like(h), torch.randn_like(S)
+    got = torch.autograd.grad((h * dh).sum() + (S * dS).sum(), given)
+    expected = torch.autograd.grad((want * dh).sum() + ((want @ A.T) * dS).sum(), given)
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_it_is_rounded_once():
+    torch.manual_seed(0)
+    given = [torch.randn(s, dtype=torch.bfloat16) for s in ((33, 20), (33, 20), (33, 4), (20, 4), (33, 4), (20, 4))]
+    exact = gated_reference(*(t.double() for t in given))
+    assert torch.equal(gated_reference(*given), exact.to(torch.bfloat16))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is for Linux only")
+def test_the_triton_kernels_equal_plain_torch():
+    script = Path(__file__).with_name("interpreted_gated.py")
+    done = subprocess.run([sys.executable, script], env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.strip() == "30 equal", done.stdout + done.stderr[-2000:]
+
+
+def test_which_mlps_are_taken():
+    """Those that compute the formula, with plain LoRA on all three maps."""
+    taken = {}
+    methods = {"LoRA": weft.LoRA(rank=2), "DoRA": weft.DoRA(rank=2), "attention": weft.LoRA(rank=2, targets=["q_proj", "v_proj"])}
+    methods |= {"biased": weft.LoRA(rank=2, lora_bias=True), "dropout": weft.LoRA(rank=2, dropout=0.1)}
+    for kind in ("Llama", "Gemma"):  # Gemma's activation is another one
+        for name, method in methods.items():
+            model = build(kind, {}).requires_grad_(False)
+            weft.adapt(model, method).train()
+            taken[kind, name] = len(step_gated.gated_mlps(model))
+    assert taken.pop(("Llama", "LoRA")) == 2
+    assert not any(taken.values()), taken
+
+
+def test_a_model_computes_the_same_with_it_and_another_adapter_is_respected():
+    model = build("Llama", {}).requires_grad_(False)
+    weft.adapt(model, weft.LoRA(rank=3), name="one")
+    weft.adapt(model, weft.DoRA(rank=3), name="other")
+    batch = pad(rows([9, 4, 7]))
+    for name in ("one", "other"):
+        weft.use(model, name)
+        parameters = list(weft.adapters.trainable(model, name).values())
+        with torch.no_grad():
+            for p in parameters:
+                p.add_(0.05 * torch.randn_like(p))
+    weft.use(model, "one")
+    parameters = {n: list(weft.adapters.trainable(model, n).values()) for n in ("one", "other")}
+    mlps = step_gated.gated_mlps(model)
+    assert len(mlps) == 2
+    want, got = {}, {}
+    for found in (want, got):
+        for name in ("one", "other"):
+            weft.use(model, name)
+            loss = loss_sum(model, batch)
+            found[name] = (loss.detach(), *torch.autograd.grad(loss, parameters[name]))
+        step_gated.install(mlps)
+    step_gated.uninstall(mlps)
+    assert not any("forward" in vars(m) for m in mlps)
+    for name in want:
+        for a, b in zip(got[name], want[name], strict=True):
+            assert (a - b).norm() <= 1e-4 * b.norm()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", r"ignore:The \.grad attribute")  # what torch's compiler itself causes
+@pytest.mark.parametrize(("memory", "base"), [(1.0, None), (0.1, "nf4")])
+def test_compiled(monkeypatch, memory, base):
+    """The step takes it where Triton can be used; here its plain twin stands in for the kernels."""
+    monkeypatch.setattr("weft.step.fast.usable", lambda t: True)
+    model = build("Llama", {}).requires_grad_(False)
+    if base:
+        weft.quant.quantise_(model, base)
+    weft.adapt(model, weft.LoRA(rank=3)).train()
+    said: list[str] = []
+    parameters = weft.adapters.trainable(model, "default")
+    fast = prepare(model, pad(rows([9, 4, 7])), parameters, compile=True, memory=memory, say=said.append)
+    fast.close()
+    assert not said and fast.compiled and len(fast.mlps) == 2 and "2 gated MLPs fused" in fast.describe(), said
+    assert "self-check" in fast.said[0]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", r"ignore:The \.grad attribute")
+def test_a_wrong_one_is_found(monkeypatch):
+    monkeypatch.setattr("weft.step.fast.usable", lambda t: True)
+    monkeypatch.setattr("weft.kernels.gated.gated_reference", lambda *a: 1.1 * gated_reference(*a))
+    model = build("Llama", {}).requires_grad_(False)
+    weft.adapt(model, weft.LoRA(rank=3)).train()
+    said: list[str] = []
+    fast = prepare(model, pad(rows([9, 4, 7])), weft.adapters.trainable(model, "default"), compile=True, say=said.append)
+    fast.close()
+    assert len(said) == 1 and "not fused" in said[0] and "does not agree" in said[0] and "layers.0" in said[0]
+    assert fast.compiled and not fast.mlps and "self-check" in fast.said[0]  # the rest of the fast step stays
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", r"ignore:The \.grad attribute")
+def test_one_that_fails_is_left_out(monkeypatch):
+    def broken(*tensors):
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setattr("weft.step.fast.usable", lambda t: True)
+    monkeypatch.setattr("weft.kernels.gated.gated_reference", broken)
+    model = build("Llama", {}).requires_grad_(False)
+    weft.adapt(model, weft.LoRA(rank=3)).train()
+    said: list[str] = []
+    fast = prepare(model, pad(rows([9, 4, 7])), weft.adapters.trainable(model, "default"), compile=True, say=said.append)
+    fast.close()
+    assert len(said) == 1 and "no such kernel" in said[0] and fast.compiled and not fast.mlps
