@@ -27,6 +27,7 @@ from weft.adapters import attached
 from weft.data import DataConfig, demo, load_rows, pack, pad, prepare
 from weft.data.batches import filled
 from weft.kernels.fp8_gemm import can_fp8, fp8_linear, fp8_product_reference, quantise_rows, transposed
+from weft.kernels.gated import gated, gated_backward_reference, gated_reference
 from weft.kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
 from weft.kernels.low_rank import low_rank_add, low_rank_add_reference
 from weft.models import attention
@@ -195,6 +196,26 @@ def packed() -> None:
         )
 
 
+def gated_mlp() -> None:
+    """The fused inside of gated MLPs and its backward pass against their twins in fp64."""
+    bounds = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+    for n, width, ranks in ((5, 7, (1, 2, 3)), (333, 1000, (8, 16, 20)), (1024, 3072, (16, 16, 16)), (2049, 14336, (64, 16, 33))):
+        rg, ru, rd = ranks
+        shapes = ((n, width), (n, rd), (n, width), (n, width), (n, rg), (width, rg), (n, ru), (width, ru), (rd, width))
+        given = [torch.randn(s, device=DEVICE, dtype=torch.float64) / (4 if i > 3 else 1) for i, s in enumerate(shapes)]
+        for dtype, bound in bounds.items():
+            dh, dS, g, u, Sg, Bg, Su, Bu, A = (t.to(dtype) for t in given)
+            leaves = [t.requires_grad_() for t in (g, u, Sg, Bg, Su, Bu, A)]
+            h, S = gated(*leaves)
+            got = torch.autograd.grad((h, S), leaves, (dh, dS))
+            wide = [t.detach().double() for t in leaves]
+            exact = gated_reference(*wide[:6])
+            dg, du, dBg, dBu, dA = gated_backward_reference(dh.double(), dS.double(), *wide)
+            want = (dg, du, dg @ wide[3], dBg, du @ wide[5], dBu, dA)
+            worst = max(map(distance, (h, S, *got), (exact, exact @ wide[6].T, *want)))
+            check(f"gated MLP {n}×{width}, ranks {ranks}, {dtype}: worst of h, S and 7 gradients", worst, bound)
+
+
 def fused_loss() -> None:
     """The head and its loss without logits, against all logits in fp64."""
     for dtype, bound in ((torch.float32, 1e-4), (torch.bfloat16, 2e-2)):
@@ -279,7 +300,7 @@ def training() -> None:
 def tests() -> None:
     """The tests that have a GPU part."""
     root = Path(__file__).parent.parent
-    places = ["tests/step", "tests/train/test_flat.py", "tests/train/test_cuda.py", "tests/contract/test_adapters.py"]
+    places = ["tests/step/test_attention.py", "tests/step/test_loss.py", "tests/train/test_flat.py", "tests/train/test_cuda.py"]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *places]
     environment = os.environ | {"PYTHONPATH": f"{root / 'src'}:{root}"}
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, env=environment)
@@ -290,7 +311,7 @@ def tests() -> None:
     CHECKS.append({"what": f"pytest {' '.join(places)}: {closing}", "error": None, "bound": None, "ok": done.returncode == 0})
 
 
-PARTS = (low_rank, quantised, few_tokens, fused_loss, fp8, adapters, packed, training, tests, fast_step)
+PARTS = (low_rank, quantised, few_tokens, gated_mlp, fused_loss, fp8, adapters, packed, training, tests, fast_step)
 
 
 def main() -> int:

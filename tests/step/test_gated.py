@@ -56,7 +56,7 @@ def test_which_mlps_are_taken():
     """Those that compute the formula, with plain LoRA on all three maps."""
     taken = {}
     methods = {"LoRA": weft.LoRA(rank=2), "DoRA": weft.DoRA(rank=2), "attention": weft.LoRA(rank=2, targets=["q_proj", "v_proj"])}
-    methods |= {"biased": weft.LoRA(rank=2, lora_bias=True), "dropout": weft.LoRA(rank=2, dropout=0.1)}
+    methods |= {"wide": weft.LoRA(rank=65), "biased": weft.LoRA(rank=2, lora_bias=True), "dropout": weft.LoRA(rank=2, dropout=0.1)}
     for kind in ("Llama", "Gemma"):  # Gemma's activation is another one
         for name, method in methods.items():
             model = build(kind, {}).requires_grad_(False)

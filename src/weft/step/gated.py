@@ -14,6 +14,7 @@ from weft.kernels.gated import gated
 from weft.methods.lora_linear import LowRank
 
 MAPS = ("gate_proj", "up_proj", "down_proj")
+WIDEST = 64  # rank: the factors of a block of columns and the sums of their gradients stay in registers
 
 
 def gated_mlps(model: nn.Module) -> list[nn.Module]:
@@ -28,7 +29,9 @@ def ready(mlp: Any) -> bool:
 
 def _plain(layer: Any) -> bool:
     plan = layer.plan if isinstance(layer, Site) and is_linear(layer) else None
-    return type(plan) is LowRank and plan.b is None and plan.bias is None and not (plan.dropout and plan.training)
+    if type(plan) is not LowRank or plan.A.shape[0] > WIDEST:
+        return False
+    return plan.b is None and plan.bias is None and not (plan.dropout and plan.training)
 
 
 def _computes_it(mlp: Any) -> bool:
