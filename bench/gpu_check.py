@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
 from _common import save
+from _gpu_experts import check_experts
 
 import weft
 from weft.adapters import attached
@@ -161,6 +162,11 @@ def adapters() -> None:
             check(f"merged against forward, {base}", distance(model(ids).logits, want), bound)
             weft.unmerge(model)
             check(f"unmerged again, {base}: bit for bit", float(not torch.equal(model(ids).logits, want)), 0.0)
+
+
+def experts() -> None:
+    """A mixture's experts in grouped products, against all updates formed in fp32."""
+    check_experts(check, distance, DEVICE)
 
 
 def packed() -> None:
@@ -311,7 +317,7 @@ def tests() -> None:
     CHECKS.append({"what": f"pytest {' '.join(places)}: {closing}", "error": None, "bound": None, "ok": done.returncode == 0})
 
 
-PARTS = (low_rank, quantised, few_tokens, gated_mlp, fused_loss, fp8, adapters, packed, training, tests, fast_step)
+PARTS = (low_rank, quantised, few_tokens, gated_mlp, fused_loss, fp8, adapters, experts, packed, training, tests, fast_step)
 
 
 def main() -> int:
