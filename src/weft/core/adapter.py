@@ -123,7 +123,7 @@ class Mixture:
         self.adapters, self.rows, self.path = tuple(adapters), rows, path
         kinds = {type(a).kin or type(a) for a in adapters}
         self.kind: type[Adapter] = kinds.pop() if len(kinds) == 1 else Adapter
-        self.parameters = tuple(p for a in adapters for p in a.parameters())
+        self.parameters: tuple[nn.Parameter, ...] | None = None
         self.cache: dict[Any, Any] = {}  # for `mixed`: whatever it wants to keep from one call to the next
         self.packed = lengths is not None
         self.spans = _spans(rows.tolist(), lengths)
@@ -133,6 +133,8 @@ class Mixture:
 
     def versions(self) -> tuple[int, ...] | None:
         """How often each weight has been written to: what `mixed` derives from weights holds while these stay. None: not known."""
+        if self.parameters is None:  # not before they are asked for: in training a mixture lives for one step
+            self.parameters = tuple(p for a in self.adapters for p in a.parameters())
         return None if any(p.is_inference() for p in self.parameters) else tuple(map(_version, self.parameters))
 
     def owners(self, x: Tensor) -> Tensor:
