@@ -211,15 +211,16 @@ def gated_mlp() -> None:
         given = [torch.randn(s, device=DEVICE, dtype=torch.float64) / (4 if i > 3 else 1) for i, s in enumerate(shapes)]
         for dtype, bound in bounds.items():
             dh, dS, g, u, Sg, Bg, Su, Bu, A = (t.to(dtype) for t in given)
-            leaves = [t.requires_grad_() for t in (g, u, Sg, Bg, Su, Bu, A)]
-            h, S = gated(*leaves)
+            c = [None, 1 + torch.rand(width, device=DEVICE)]  # LoRA on gate, DoRA on up
+            leaves = [t.requires_grad_() for t in (g, u, Sg, Bg, Su, Bu, A, c[1])]
+            h, S = gated(*leaves[:7], *c)
             got = torch.autograd.grad((h, S), leaves, (dh, dS))
             wide = [t.detach().double() for t in leaves]
-            exact = gated_reference(*wide[:6])
-            dg, du, dBg, dBu, dA = gated_backward_reference(dh.double(), dS.double(), *wide)
-            want = (dg, du, dg @ wide[3], dBg, du @ wide[5], dBu, dA)
+            exact = gated_reference(*wide[:6], None, wide[7])
+            dg, du, dBg, dBu, dA, _, dc = gated_backward_reference(dh.double(), dS.double(), *wide[:7], None, wide[7])
+            want = (dg, du, dg @ wide[3], dBg, du @ wide[5], dBu, dA, dc)
             worst = max(map(distance, (h, S, *got), (exact, exact @ wide[6].T, *want)))
-            check(f"gated MLP {n}×{width}, ranks {ranks}, {dtype}: worst of h, S and 7 gradients", worst, bound)
+            check(f"gated MLP {n}×{width}, ranks {ranks}, {dtype}: worst of h, S and 8 gradients", worst, bound)
 
 
 def fused_loss() -> None:

@@ -14,6 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from weft.kernels import four_bit
 from weft.kernels.four_bit import NF4, TABLES, block_size, scales
@@ -95,6 +96,15 @@ def test_a_layer_computes_with_its_numbers(shape: tuple[int, int], base: str, se
     assert torch.allclose(x.grad.double(), g.double() @ W, atol=1e-4)
     with torch.autocast("cpu", torch.bfloat16):
         assert layer(x).dtype == torch.bfloat16
+
+
+def test_a_layer_that_is_computed_again_has_the_same_gradient() -> None:
+    """torch's checkpoint hands what is kept out once."""
+    layer = QuantLinear.of(FORMATS["nf4"].pack(torch.randn(48, 64)), (48, 64), "nf4", torch.float32)
+    x = torch.randn(5, 64, requires_grad=True)
+    (want,) = torch.autograd.grad(layer(x).square().sum(), x)
+    (got,) = torch.autograd.grad(checkpoint(layer, x, use_reentrant=False).square().sum(), x)
+    assert torch.equal(got, want)
 
 
 def test_part_of_experts_is_a_part_of_the_whole() -> None:

@@ -19,21 +19,25 @@ from weft.step import gated as step_gated
 from weft.step import loss_sum, prepare
 
 
-@pytest.mark.parametrize(("n", "width", "ranks"), [(1, 3, (1, 1, 1)), (9, 11, (2, 3, 4)), (40, 17, (16, 1, 5))])
-def test_the_operation_and_its_gradients(n, width, ranks):
+@pytest.mark.parametrize(("n", "width", "ranks", "scaled"), [
+    (1, 3, (1, 1, 1), (False, False)), (9, 11, (2, 3, 4), (True, True)), (40, 17, (16, 1, 5), (False, True)),
+])  # fmt: skip
+def test_the_operation_and_its_gradients(n, width, ranks, scaled):
     torch.manual_seed(n)
     rg, ru, rd = ranks
     shapes = [(n, width), (n, width), (n, rg), (width, rg), (n, ru), (width, ru), (rd, width)]
     given = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes]
+    c = [torch.randn(width, dtype=torch.float64, requires_grad=True) if there else None for there in scaled]
     g, u, Sg, Bg, Su, Bu, A = given
-    gate, up = g + Sg @ Bg.T, u + Su @ Bu.T
+    gate, up = ((y + S @ B.T) * (1 if k is None else k) for y, S, B, k in ((g, Sg, Bg, c[0]), (u, Su, Bu, c[1])))
     want = torch.nn.functional.silu(gate) * up
-    h, S = gated(*given)
+    h, S = gated(*given, *c)
     torch.testing.assert_close(h, want)
     torch.testing.assert_close(S, want @ A.T)
     dh, dS = torch.randn_like(h), torch.randn_like(S)
-    got = torch.autograd.grad((h * dh).sum() + (S * dS).sum(), given)
-    expected = torch.autograd.grad((want * dh).sum() + ((want @ A.T) * dS).sum(), given)
+    leaves = [t for t in (*given, *c) if t is not None]
+    got = torch.autograd.grad((h * dh).sum() + (S * dS).sum(), leaves)
+    expected = torch.autograd.grad((want * dh).sum() + ((want @ A.T) * dS).sum(), leaves)
     for a, b in zip(got, expected, strict=True):
         torch.testing.assert_close(a, b)
 
@@ -49,11 +53,11 @@ def test_it_is_rounded_once():
 def test_the_triton_kernels_equal_plain_torch():
     script = Path(__file__).with_name("interpreted_gated.py")
     done = subprocess.run([sys.executable, script], env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0 and done.stdout.strip() == "30 equal", done.stdout + done.stderr[-2000:]
+    assert done.returncode == 0 and done.stdout.strip() == "36 equal", done.stdout + done.stderr[-2000:]
 
 
 def test_which_mlps_are_taken():
-    """Those that compute the formula, with plain LoRA on all three maps."""
+    """Those that compute the formula, with LoRA or DoRA on all three maps."""
     taken = {}
     methods = {"LoRA": weft.LoRA(rank=2), "DoRA": weft.DoRA(rank=2), "attention": weft.LoRA(rank=2, targets=["q_proj", "v_proj"])}
     methods |= {"wide": weft.LoRA(rank=65), "biased": weft.LoRA(rank=2, lora_bias=True), "dropout": weft.LoRA(rank=2, dropout=0.1)}
@@ -62,7 +66,7 @@ def test_which_mlps_are_taken():
             model = build(kind, {}).requires_grad_(False)
             weft.adapt(model, method).train()
             taken[kind, name] = len(step_gated.gated_mlps(model))
-    assert taken.pop(("Llama", "LoRA")) == 2
+    assert taken.pop(("Llama", "LoRA")) == taken.pop(("Llama", "DoRA")) == 2
     assert not any(taken.values()), taken
 
 
@@ -70,20 +74,22 @@ def test_a_model_computes_the_same_with_it_and_another_adapter_is_respected():
     model = build("Llama", {}).requires_grad_(False)
     weft.adapt(model, weft.LoRA(rank=3), name="one")
     weft.adapt(model, weft.DoRA(rank=3), name="other")
+    weft.adapt(model, weft.LoKr(rank=2), name="third")
     batch = pad(rows([9, 4, 7]))
-    for name in ("one", "other"):
+    names = ("one", "other", "third")
+    for name in names:
         weft.use(model, name)
         parameters = list(weft.adapters.trainable(model, name).values())
         with torch.no_grad():
             for p in parameters:
                 p.add_(0.05 * torch.randn_like(p))
     weft.use(model, "one")
-    parameters = {n: list(weft.adapters.trainable(model, n).values()) for n in ("one", "other")}
+    parameters = {n: list(weft.adapters.trainable(model, n).values()) for n in names}
     mlps = step_gated.gated_mlps(model)
     assert len(mlps) == 2
     want, got = {}, {}
     for found in (want, got):
-        for name in ("one", "other"):
+        for name in names:
             weft.use(model, name)
             loss = loss_sum(model, batch)
             found[name] = (loss.detach(), *torch.autograd.grad(loss, parameters[name]))
@@ -96,14 +102,14 @@ def test_a_model_computes_the_same_with_it_and_another_adapter_is_respected():
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", r"ignore:The \.grad attribute")  # what torch's compiler itself causes
-@pytest.mark.parametrize(("memory", "base"), [(1.0, None), (0.1, "nf4")])
-def test_compiled(monkeypatch, memory, base):
+@pytest.mark.parametrize(("memory", "base", "method"), [(1.0, None, weft.DoRA), (0.1, "nf4", weft.LoRA)])
+def test_compiled(monkeypatch, memory, base, method):
     """The step takes it where Triton can be used; here its plain twin stands in for the kernels."""
     monkeypatch.setattr("weft.step.fast.usable", lambda t: True)
     model = build("Llama", {}).requires_grad_(False)
     if base:
         weft.quant.quantise_(model, base)
-    weft.adapt(model, weft.LoRA(rank=3)).train()
+    weft.adapt(model, method(rank=3)).train()
     said: list[str] = []
     parameters = weft.adapters.trainable(model, "default")
     fast = prepare(model, pad(rows([9, 4, 7])), parameters, compile=True, memory=memory, say=said.append)

@@ -46,9 +46,10 @@ class Batch:
     owners: tuple[str, ...] = ()
 
     def to(self, device: torch.device | str) -> Batch:
-        """The same batch on a device. From pinned memory the copies do not wait."""
+        """The same batch on a device. To a card by way of pinned memory, so that the host does not wait for the card."""
+        pinned = torch.device(device).type == "cuda"
         moved = {
-            name: value.to(device, non_blocking=True)
+            name: (value.pin_memory() if pinned and not value.is_cuda else value).to(device, non_blocking=True)
             for name in ("input_ids", "position_ids", "targets", "attention_mask", "cu_seqlens", "keep")
             if (value := getattr(self, name)) is not None
         }

@@ -26,8 +26,8 @@ def _rows_of(S, rows, n, r, R: tl.constexpr):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _gated(  # type: ignore[no-untyped-def]
-    g, u, Sg, Bg, Su, Bu, h, n, width, rg, ru, RG: tl.constexpr, RU: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    g, u, Sg, Bg, Su, Bu, cg, cu, h, n, width, rg, ru, RG: tl.constexpr, RU: tl.constexpr, CG: tl.constexpr, CU: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
@@ -38,13 +38,18 @@ def _gated(  # type: ignore[no-untyped-def]
     bg, bu = _rows_of(Bg, columns, width, rg, RG), _rows_of(Bu, columns, width, ru, RU)
     gate += tl.dot(_rows_of(Sg, rows, n, rg, RG), tl.trans(bg), input_precision=PRECISION)
     up += tl.dot(_rows_of(Su, rows, n, ru, RU), tl.trans(bu), input_precision=PRECISION)
+    if CG:
+        gate *= tl.load(cg + columns, mask=columns < width, other=0.0)[None, :]
+    if CU:
+        up *= tl.load(cu + columns, mask=columns < width, other=0.0)[None, :]
     tl.store(h + at, (gate * tl.sigmoid(gate) * up).to(h.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def _gated_backward(  # type: ignore[no-untyped-def]
-    dh, dS, g, u, Sg, Bg, Su, Bu, A, dg, du, dBg, dBu, dA, n, width, rg, ru, rd, each,
-    RG: tl.constexpr, RU: tl.constexpr, RD: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
+    dh, dS, g, u, Sg, Bg, Su, Bu, A, cg, cu, dg, du, dBg, dBu, dA, dcg, dcu, n, width, rg, ru, rd, each,
+    RG: tl.constexpr, RU: tl.constexpr, RD: tl.constexpr, CG: tl.constexpr, CU: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     split = tl.program_id(1).to(tl.int64)
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
@@ -55,18 +60,34 @@ def _gated_backward(  # type: ignore[no-untyped-def]
     sum_g = tl.zeros((COLUMNS, RG), tl.float32)
     sum_u = tl.zeros((COLUMNS, RU), tl.float32)
     sum_a = tl.zeros((COLUMNS, RD), tl.float32)
+    if CG:
+        scale_g = tl.load(cg + columns, mask=here, other=0.0)[None, :]
+        sum_cg = tl.zeros((COLUMNS,), tl.float32)
+    if CU:
+        scale_u = tl.load(cu + columns, mask=here, other=0.0)[None, :]
+        sum_cu = tl.zeros((COLUMNS,), tl.float32)
     for start in range(0, each, ROWS):
         rows = split * each + start + tl.arange(0, ROWS)
         inside = (rows < n)[:, None] & here[None, :]
         at = rows[:, None] * width + columns[None, :]
         sg, su, ds = _rows_of(Sg, rows, n, rg, RG), _rows_of(Su, rows, n, ru, RU), _rows_of(dS, rows, n, rd, RD)
-        gate = tl.load(g + at, mask=inside, other=0.0).to(tl.float32) + tl.dot(sg, bg, input_precision=PRECISION)
-        up = tl.load(u + at, mask=inside, other=0.0).to(tl.float32) + tl.dot(su, bu, input_precision=PRECISION)
+        within = tl.load(g + at, mask=inside, other=0.0).to(tl.float32) + tl.dot(sg, bg, input_precision=PRECISION)
+        beside = tl.load(u + at, mask=inside, other=0.0).to(tl.float32) + tl.dot(su, bu, input_precision=PRECISION)
         d = tl.load(dh + at, mask=inside, other=0.0).to(tl.float32) + tl.dot(ds, a, input_precision=PRECISION)
+        gate = within * scale_g if CG else within
+        up = beside * scale_u if CU else beside
         sig = tl.sigmoid(gate)
         act = gate * sig
-        dgate = (d * up * (sig + act * (1 - sig))).to(dg.dtype.element_ty)
-        dup = (d * act).to(dg.dtype.element_ty)
+        dgate = d * up * (sig + act * (1 - sig))
+        dup = d * act
+        if CG:
+            sum_cg += tl.sum(dgate * within, 0)
+            dgate *= scale_g
+        if CU:
+            sum_cu += tl.sum(dup * beside, 0)
+            dup *= scale_u
+        dgate = dgate.to(dg.dtype.element_ty)
+        dup = dup.to(dg.dtype.element_ty)
         tl.store(dg + at, dgate, mask=inside)
         tl.store(du + at, dup, mask=inside)
         sum_g += tl.dot(tl.trans(dgate), sg, input_precision=PRECISION)
@@ -77,6 +98,10 @@ def _gated_backward(  # type: ignore[no-untyped-def]
     tl.store(dBg + row * rg + kg[None, :], sum_g, mask=here[:, None] & (kg < rg)[None, :])
     tl.store(dBu + row * ru + ku[None, :], sum_u, mask=here[:, None] & (ku < ru)[None, :])
     tl.store(dA + row * rd + k[None, :], sum_a, mask=here[:, None] & (k < rd)[None, :])
+    if CG:
+        tl.store(dcg + split * width + columns, sum_cg, mask=here)
+    if CU:
+        tl.store(dcu + split * width + columns, sum_cu, mask=here)
 
 
 def _padded(rank: int) -> int:
@@ -88,32 +113,35 @@ def _exact(t: Tensor) -> str:
 
 
 def gated_triton(
-    g: Tensor, u: Tensor, Sg: Tensor, Bg: Tensor, Su: Tensor, Bu: Tensor, rows: int = 32, columns: int = 128, warps: int = 8
-) -> Tensor:
+    g: Tensor, u: Tensor, Sg: Tensor, Bg: Tensor, Su: Tensor, Bu: Tensor, cg: Tensor | None = None, cu: Tensor | None = None,
+    rows: int = 32, columns: int = 128, warps: int = 8,
+) -> Tensor:  # fmt: skip
     """As `gated_reference`, in one launch."""
     (n, width), h = g.shape, torch.empty_like(g)
     grid: Any = (-(-width // columns), -(-n // rows))
     _gated[grid](
-        g, u, Sg, Bg, Su, Bu, h, n, width, Sg.shape[1], Su.shape[1], RG=_padded(Sg.shape[1]), RU=_padded(Su.shape[1]), ROWS=rows,
-        COLUMNS=columns, PRECISION=_exact(g), num_warps=warps,
+        g, u, Sg, Bg, Su, Bu, cg, cu, h, n, width, Sg.shape[1], Su.shape[1], RG=_padded(Sg.shape[1]), RU=_padded(Su.shape[1]),
+        CG=cg is not None, CU=cu is not None, ROWS=rows, COLUMNS=columns, PRECISION=_exact(g), num_warps=warps,
     )  # fmt: skip
     return h
 
 
 def gated_backward_triton(
-    dh: Tensor, dS: Tensor, g: Tensor, u: Tensor, Sg: Tensor, Bg: Tensor, Su: Tensor, Bu: Tensor, A: Tensor, rows: int = 32,
-    columns: int = 64, warps: int = 4, splits: int = SPLITS,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """As `gated_backward_reference`, in one launch and three small sums."""
+    dh: Tensor, dS: Tensor, g: Tensor, u: Tensor, Sg: Tensor, Bg: Tensor, Su: Tensor, Bu: Tensor, A: Tensor, cg: Tensor | None = None,
+    cu: Tensor | None = None, rows: int = 32, columns: int = 64, warps: int = 4, splits: int = SPLITS,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """As `gated_backward_reference`, in one launch and small sums."""
     n, width = g.shape
     dg, du = torch.empty_like(g), torch.empty_like(u)
     ranks = Sg.shape[1], Su.shape[1], dS.shape[1]
     parts = [g.new_empty(splits, width, r, dtype=torch.float32) for r in ranks]
+    scales = [g.new_empty(splits, 0 if c is None else width, dtype=torch.float32) for c in (cg, cu)]
     each = -(-n // (splits * rows)) * rows
     grid: Any = (-(-width // columns), splits)
     _gated_backward[grid](
-        dh, dS, g, u, Sg, Bg, Su, Bu, A, dg, du, *parts, n, width, *ranks, each, RG=_padded(ranks[0]), RU=_padded(ranks[1]),
-        RD=_padded(ranks[2]), ROWS=rows, COLUMNS=columns, PRECISION=_exact(g), num_warps=warps,
+        dh, dS, g, u, Sg, Bg, Su, Bu, A, cg, cu, dg, du, *parts, *scales, n, width, *ranks, each, RG=_padded(ranks[0]),
+        RU=_padded(ranks[1]), RD=_padded(ranks[2]), CG=cg is not None, CU=cu is not None, ROWS=rows, COLUMNS=columns, PRECISION=_exact(g),
+        num_warps=warps,
     )  # fmt: skip
-    dBg, dBu, dA = (part.sum(0) for part in parts)
-    return dg, du, dBg.to(Bg.dtype), dBu.to(Bu.dtype), dA.T.to(A.dtype).contiguous()
+    dBg, dBu, dA, dcg, dcu = (part.sum(0) for part in (*parts, *scales))
+    return dg, du, dBg.to(Bg.dtype), dBu.to(Bu.dtype), dA.T.to(A.dtype).contiguous(), dcg, dcu

@@ -159,8 +159,8 @@ class Product(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> Any:
-        wide = computing(g.dtype, g.device)
-        W = decode(ctx.base, ctx.shape, ctx.saved_tensors, wide, scratch(ctx.shape, ctx.saved_tensors[0], wide), again=True)
+        wide, held = computing(g.dtype, g.device), ctx.saved_tensors  # asked for once: a layer that is computed again gives them once
+        W = decode(ctx.base, ctx.shape, held, wide, scratch(ctx.shape, held[0], wide), again=True)
         dx = g.to(wide) @ (W.mT if ctx.turned else W)
         return dx.to(g.dtype), None, None, None, None, None, None, None
 

@@ -114,7 +114,7 @@ class Fast:
 
 def prepare(
     model: nn.Module, batch: Batch, parameters: Mapping[str, nn.Parameter], *, memory: Memory = "auto", compile: bool | None = None,
-    fp8: bool = False, varying: bool = True, self_check: bool = True, say: Callable[[str], None] = logger.warning,
+    fp8: bool | None = None, varying: bool = True, self_check: bool = True, say: Callable[[str], None] = logger.warning,
 ) -> Fast:  # fmt: skip
     """Choose the fast path for this model and try it on a micro-batch.
 
@@ -124,7 +124,8 @@ def prepare(
         memory: "auto" spends what the card has free; a share of the activations to keep, from 0 (least memory) to 1 (most speed); or
             bytes that the whole process may take on the card (above 1).
         compile: None: on CUDA. varying: batches differ in shape.
-        fp8: multiply in fp8 in the layers that an fp8 base stores so, where the device has such units.
+        fp8: multiply in fp8 in the layers that an fp8 base stores so, where the device has such units; None: with the self-check, which
+            holds each of those products against the plain one.
         self_check: compare with the plain path. say: where a fall-back is told.
     Raises:
         WeftError: the micro-batch does not fit even with the least memory; a memory setting of no sense.
@@ -143,9 +144,9 @@ def prepare(
             fast.mlps = gated.gated_mlps(model)
     if compiled:
         warm()
-    if fp8:
+    if self_check if fp8 is None else fp8:
         fast.narrow = narrowable(model)
-        if not fast.narrow:
+        if fp8 and not fast.narrow:
             say("no product can be in fp8 here (that takes base: fp8, and a card with fp8 units): they are computed from decoded weights")
     if not fast.compiled and fast.head is None and not fast.unmasked and not fast.narrow:
         fast.install(fast.level)

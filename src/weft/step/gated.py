@@ -1,4 +1,4 @@
-"""Gated MLPs with LoRA on all of their maps: what lies between their products becomes one operation (`weft.kernels.gated`)."""
+"""Gated MLPs with LoRA or DoRA on all of their maps: what lies between their products becomes one operation (`weft.kernels.gated`)."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from weft.core import Site, is_linear, modules
+from weft.core import Site, is_linear, modules, unmerged
 from weft.kernels.gated import gated
+from weft.methods.dora import DecomposedLinear
 from weft.methods.lora_linear import LowRank
 
 MAPS = ("gate_proj", "up_proj", "down_proj")
@@ -18,18 +19,20 @@ WIDEST = 64  # rank: the factors of a block of columns and the sums of their gra
 
 
 def gated_mlps(model: nn.Module) -> list[nn.Module]:
-    """The MLPs that compute down(silu(gate(x)) · up(x)) and have plain LoRA on all three maps; found by their names and by trying."""
+    """The MLPs that compute down(silu(gate(x)) · up(x)) and have LoRA or DoRA on all three maps; found by their names and by trying."""
     return [m for _, m in modules(model) if {*MAPS, "act_fn"} <= m._modules.keys() and ready(m) and _computes_it(m)]
 
 
 def ready(mlp: Any) -> bool:
-    """Whether each of its maps has one plain LoRA at work."""
-    return all(_plain(mlp._modules[name]) for name in MAPS)
+    """Whether each of its maps has one LoRA or DoRA at work and nothing that these do not always have."""
+    return all(_usual(mlp._modules[name]) for name in MAPS)
 
 
-def _plain(layer: Any) -> bool:
+def _usual(layer: Any) -> bool:
     plan = layer.plan if isinstance(layer, Site) and is_linear(layer) else None
-    if type(plan) is not LowRank or plan.A.shape[0] > WIDEST:
+    if type(plan) not in (LowRank, DecomposedLinear) or plan.A.shape[0] > WIDEST:
+        return False
+    if type(plan) is DecomposedLinear and (layer.bias is not None or unmerged(layer) is not layer):
         return False
     return plan.b is None and plan.bias is None and not (plan.dropout and plan.training)
 
@@ -51,13 +54,17 @@ def forward(self: Any, x: Tensor) -> Tensor:
     if not ready(self):  # another adapter has come to work since
         return type(self).forward(self, x)  # type: ignore[no-any-return]
     g, u = self.gate_proj.frozen(x), self.up_proj.frozen(x)
-    (Ag, Bg), (Au, Bu), (Ad, Bd) = (_factors(self._modules[name].plan, g.dtype) for name in MAPS)
-    h, S = gated(g, u, F.linear(x, Ag), Bg, F.linear(x, Au), Bu, Ad)
-    return cast(Tensor, self.down_proj.frozen(h) + F.linear(S, Bd))
+    (Ag, Bg, cg), (Au, Bu, cu), (Ad, Bd, cd) = (_factors(self._modules[name], g.dtype) for name in MAPS)
+    h, S = gated(g, u, F.linear(x, Ag), Bg, F.linear(x, Au), Bu, Ad, cg, cu)
+    y = cast(Tensor, self.down_proj.frozen(h) + F.linear(S, Bd))
+    return y if cd is None else (y * cd).to(y.dtype)
 
 
-def _factors(plan: LowRank, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    return plan.A.to(dtype), (plan.scale * plan.B).to(dtype)
+def _factors(layer: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
+    """A, s B, and DoRA's c = m / ‖W₀ + s B A‖ in fp32."""
+    plan = layer.plan
+    c = plan.m / plan.norm(layer) if type(plan) is DecomposedLinear else None
+    return plan.A.to(dtype), (plan.scale * plan.B).to(dtype), c
 
 
 def install(mlps: list[nn.Module]) -> None:

@@ -75,9 +75,9 @@ class TrainConfig:
     again in the backward pass) to 1 (most speed); or the bytes that the process may use on the card."""
     compile: bool | None = None
     """Compile the repeated layers. Null: on CUDA, where it takes some ten seconds once."""
-    fp8: bool = False
-    """Multiply in fp8 where the base is stored so (`base: fp8`) and the card has such units: forward and backward products of the frozen
-    layers, at up to twice the rate. Layers whose products come out too far off are named and decoded."""
+    fp8: bool | None = None
+    """Multiply in fp8, forward and backward, in the frozen layers of an fp8 base (`base: fp8`) on a card that has such units. The
+    self-check holds each product against the plain one, and layers that are too far off decode. Null: yes, if there is a self-check."""
     self_check: bool = True
     """Before the first step one micro-batch goes through the fast path and through the plain one; where they differ, the plain one is used
     and that is said."""
