@@ -46,10 +46,11 @@ def write(folder: Path, layers: int, hidden: int) -> None:
     groups: dict[str, dict[str, torch.Size]] = {}
     for key, shape in shapes.items():
         groups.setdefault(key.split(".")[2] if ".layers." in key else key, {})[key] = shape
-    names = {}
+    names, place = {}, "cuda" if torch.cuda.is_available() else "cpu"
     for i, group in enumerate(groups.values()):
         file = f"model-{i + 1:05d}-of-{len(groups):05d}.safetensors"
-        save_file({k: torch.empty(s, dtype=torch.bfloat16).normal_(0, 0.02) for k, s in group.items()}, folder / file, {"format": "pt"})
+        made = {k: torch.empty(s, dtype=torch.bfloat16, device=place).normal_(0, 0.02).cpu() for k, s in group.items()}
+        save_file(made, folder / file, {"format": "pt"})
         names |= dict.fromkeys(group, file)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": names}))
 

@@ -1,6 +1,7 @@
 """LoRA training on Llama shapes with random weights, weft beside peft, peft + liger and unsloth, each row in a process of its own.
 
     python bench/train.py [--rows "8B bf16, most speed" ...] [--seconds 560]
+    python bench/train.py --join a.json b.json       # rows that were run on several cards, each row's sides on one of them
 
 For each row: tokens a second, TFLOP/s at 4·P·T (forward and dX; a frozen base needs no dW, and recomputation is not credited) plus
 attention, as a share of a matrix product sustained for seconds in the same run, peak and static memory, seconds to the first step, and
@@ -51,9 +52,12 @@ ROWS: dict[str, tuple[str, str, float, str, str]] = {
     "0.6B bf16, most speed": ("0.6B", "bf16", 1.0, "full", "LoRA"),
     "1B bf16, short masked rows": ("1B", "bf16", 1.0, "short", "LoRA"),
     "8B DoRA": ("8B", "bf16", 1.0, "full", "DoRA"),
+    "8B DoRA, layers recomputed": ("8B", "bf16", 0.1, "full", "DoRA"),
     "3B MoE bf16, experts too": ("3B MoE", "bf16", 1.0, "full", "LoRA"),
     "8B bf16, in between": ("8B", "bf16", 0.5, "full", "LoRA"),
     "8B nf4, least memory": ("8B", "nf4", 0.0, "full", "LoRA"),
+    "8B nf4, most speed": ("8B", "nf4", 1.0, "full", "LoRA"),
+    "1B fp8, most speed": ("1B", "fp8", 1.0, "full", "LoRA"),
 }
 SIDES = ("weft", "unsloth", "peft+liger", "peft")
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -343,7 +347,11 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--alone", nargs=2, metavar=("ROW", "SIDE"))
+    parser.add_argument("--join", nargs="+", type=Path, help="put the rows of these results together")
     args = parser.parse_args()
+    if args.join:
+        join(args.join)
+        return
     if args.alone:
         if args.alone[0] == "gemm":
             print("RESULT " + json.dumps(sustained()))
@@ -378,6 +386,22 @@ def main() -> None:
                 print(json.dumps(rows[-1]["kernels_ms"]), flush=True)
             save("train", {"gemm_tflops": gemm, "batch": f"{BATCH} x {LENGTH}", "rank": RANK, "rows": rows},
                  ("torch", "transformers", "peft", "liger_kernel", "triton"))  # fmt: skip
+
+
+def join(files: list[Path]) -> None:
+    """One result of several, which must be of one commit and kind of card; in the order of ROWS."""
+    found = [json.loads(f.read_text()) for f in files]
+    alike = ("commit", "versions", "batch", "rank")
+    differ = [key for key in alike if any(f[key] != found[0][key] for f in found)]
+    differ += ["the card"] * (len({f["machine"]["gpu"] for f in found}) > 1)
+    if differ:
+        raise SystemExit(f"these results differ in {', '.join(differ)}, and rows side by side must not")
+    order = {row: i for i, row in enumerate(ROWS)}
+    rows = sorted((row for f in found for row in f["rows"]), key=lambda row: order[row["row"]])
+    whole = found[0] | {"gemm_tflops": [f["gemm_tflops"] for f in found], "rows": rows}
+    path = Path(__file__).parent / "results" / "train.json"
+    path.write_text(json.dumps(whole, indent=2) + "\n")
+    print(path)
 
 
 def run(row: str, side: str, args: Any) -> dict[str, Any]:
