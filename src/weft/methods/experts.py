@@ -47,7 +47,7 @@ def grouped(module: Any, updates: Updates, x: Tensor, chosen: Tensor, weights: T
     def add(name: str, ends: Tensor, x: Tensor, y: Tensor) -> Tensor:
         for A, B, scale in updates.get(name, ()):
             S = F.grouped_mm(x, A.to(x.dtype).mT, offs=ends)
-            y = y + scale * F.grouped_mm(S, contiguous(B, x.dtype).mT, offs=ends)
+            y = y + F.grouped_mm(S, contiguous(scale * B, x.dtype).mT, offs=ends)  # B is small, y is not
         return y
 
     return frozen.grouped(module, x, chosen, weights, add)
