@@ -7,7 +7,8 @@ at a time is multiplied, turned into its gradient in place, multiplied back, and
 
 from __future__ import annotations
 
-from functools import cache
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
+
+from weft.kernels.launch import kernels, usable
+from weft.kernels.scratch import real
 
 IGNORED = -100  # the target of a token that bears no loss
 
@@ -57,10 +61,11 @@ def _slice_in_place(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     return loss, wide.mul_(bears[:, None]).to(logits.dtype)
 
 
-@cache
-def _compiled() -> Any:
-    """One kernel over the logits on a GPU; the number of rows may vary (the last slice is shorter)."""
-    return torch.compile(_slice, dynamic=True)
+def _way(h: Tensor) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """What turns logits into their gradient: one kernel on a card, few passes on a CPU."""
+    if h.dtype == torch.float64 or not real(h):
+        return _slice
+    return partial(kernels("triton_cross_entropy").slice_triton, ignored=IGNORED) if usable(h) else _slice_in_place
 
 
 def slice_rows(vocabulary: int, cuda: bool) -> int:
@@ -71,7 +76,7 @@ def slice_rows(vocabulary: int, cuda: bool) -> int:
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, h: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, rows: int) -> Tensor:
-        work = _compiled() if h.is_cuda else _slice_in_place if h.dtype != torch.float64 else _slice
+        work = _way(h)
         dh = torch.empty_like(h) if ctx.needs_input_grad[0] else None
         loss = torch.zeros((), dtype=torch.promote_types(h.dtype, torch.float32), device=h.device)
         for start in range(0, h.shape[0], rows):

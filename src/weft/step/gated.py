@@ -55,7 +55,8 @@ def forward(self: Any, x: Tensor) -> Tensor:
         return type(self).forward(self, x)  # type: ignore[no-any-return]
     g, u = self.gate_proj.frozen(x), self.up_proj.frozen(x)
     (Ag, Bg, cg), (Au, Bu, cu), (Ad, Bd, cd) = (_factors(self._modules[name], g.dtype) for name in MAPS)
-    h, S = gated(g, u, F.linear(x, Ag), Bg, F.linear(x, Au), Bu, Ad, cg, cu)
+    Sg, Su = F.linear(x, torch.cat((Ag, Au))).split((len(Ag), len(Au)), -1)  # x is read once for both, and its gradient written once
+    h, S = gated(g, u, Sg, Bg, Su, Bu, Ad, cg, cu)
     y = cast(Tensor, self.down_proj.frozen(h) + F.linear(S, Bd))
     return y if cd is None else (y * cd).to(y.dtype)
 

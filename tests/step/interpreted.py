@@ -1,4 +1,4 @@
-"""Run by test_gated.py under TRITON_INTERPRET=1, which Triton reads when it is imported: the kernels against their plain twins."""
+"""Run by test_gated.py under TRITON_INTERPRET=1, which Triton reads when imported: the kernels of a step against their plain twins."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from torch import Tensor
 
 from weft.kernels.gated import gated_backward_reference, gated_reference
 from weft.kernels.launch import kernels
+from weft.kernels.linear_cross_entropy import _slice, linear_cross_entropy, linear_cross_entropy_reference
 
 
 def near(a: Tensor, b: Tensor) -> None:
@@ -33,6 +34,16 @@ def main() -> None:
                 near(a, b)
                 tried += 1
         tried += 1
+    for n, vocabulary, dtype in ((5, 7, torch.float32), (9, 5000, torch.float32), (3, 8192, torch.float16)):
+        logits, targets = (3 * torch.randn(n, vocabulary)).to(dtype), torch.randint(0, vocabulary, (n,))
+        targets[1] = -100
+        for a, b in zip(kernels("triton_cross_entropy").slice_triton(logits.clone(), targets, -100), _slice(logits, targets), strict=True):
+            near(a, b)
+            tried += 1
+    h, W, targets = torch.randn(37, 16, requires_grad=True), torch.randn(97, 16), torch.randint(0, 97, (37,))
+    got, want = (f(h, W, targets) for f in (linear_cross_entropy, linear_cross_entropy_reference))
+    near(got, want)
+    near(*(torch.autograd.grad(loss, h)[0] for loss in (got, want)))
     print(tried, "equal")
 
 
