@@ -144,3 +144,28 @@ def test_one_that_fails_is_left_out(monkeypatch):
     fast = prepare(model, pad(rows([9, 4, 7])), weft.adapters.trainable(model, "default"), compile=True, say=said.append)
     fast.close()
     assert len(said) == 1 and "no such kernel" in said[0] and fast.compiled and not fast.mlps
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", r"ignore:The \.grad attribute")
+def test_recomputed_layers_keep_what_is_thin(monkeypatch):
+    """With little memory the layers' own products are made again, but neither x Aᵀ nor the fused operation that S comes from."""
+    import weft.step.regions as regions
+
+    model = build("Llama", {"hidden_size": 128, "intermediate_size": 448}).requires_grad_(False)
+    weft.adapt(model, weft.LoRA(rank=2)).train()
+    calls, kept = [], []
+    monkeypatch.setattr("weft.kernels.gated.gated_reference", lambda *a: (calls.append(1), gated_reference(*a))[1])
+    mlps, layers = step_gated.gated_mlps(model), regions.repeated(model)
+    step_gated.install(mlps)
+    regions.install(layers, True, False, 0, False, 0.02)
+    batch = pad(rows([90, 100]))
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t.shape), t)[1], lambda t: t):
+            loss = loss_sum(model, batch)
+        loss.backward()
+    finally:
+        regions.uninstall(layers)
+        step_gated.uninstall(mlps)
+    assert len(calls) == len(layers) == 2
+    assert sum(shape[-1:] == (2,) and shape.numel() == 400 for shape in kept) == 7 * len(layers)
+    assert not any(shape[-1:] == (448,) and shape.numel() >= 200 * 448 for shape in kept)

@@ -39,6 +39,7 @@ LEVELS = (1.0, 0.5, 0.3, 0.1, 0.0)  # share of the activations kept; below RECOM
 RECOMPUTE = 0.2
 MOST = 0.99  # of the compiler's budget: below 1 it makes again what no matrix product is needed for, for 0.4% of an 8B step's time,
 LEAN = 0.67  # and then keeps this share (25 GB of 37)
+THIN = 0.01  # what a layer keeps that is made again: its input, and the thin products of its adapters (weft.step.budget)
 AWAY = 0.2  # level 0 keeps this share in the host's memory: what PCIe 5 moves while a layer of an 8-billion Llama works
 CHECKED = 2048  # tokens of a piece of the self-check's plain pass, which forms more at once than the fast one
 SPARE = 0.88  # of what is free may be planned for: the allocator cuts memory into pieces, and kernels want workspaces
@@ -77,7 +78,7 @@ class Fast:
         """Regions for this level of memory."""
         self.level = level
         offload = level == 0 and self.cuda
-        share, recompute = AWAY if offload else 0.0 if level < RECOMPUTE else min(level, MOST), 0
+        share, recompute = AWAY if offload else THIN if level < RECOMPUTE else min(level, MOST), 0
         if not self.compiled:  # without a compiler to choose what is cheap, whole layers are kept or not
             share, recompute = 1.0, len(self.layers) if level < RECOMPUTE else round((1 - level) * len(self.layers))
         self.close()

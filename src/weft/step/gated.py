@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from weft.core import Site, is_linear, modules, unmerged
 from weft.kernels.gated import gated
+from weft.kernels.keep import keep
 from weft.methods.dora import DecomposedLinear
 from weft.methods.lora_linear import LowRank
 
@@ -57,7 +58,7 @@ def forward(self: Any, x: Tensor) -> Tensor:
     (Ag, Bg, cg), (Au, Bu, cu), (Ad, Bd, cd) = (_factors(self._modules[name], g.dtype) for name in MAPS)
     Sg, Su = F.linear(x, torch.cat((Ag, Au))).split((len(Ag), len(Au)), -1)  # x is read once for both, and its gradient written once
     h, S = gated(g, u, Sg, Bg, Su, Bu, Ad, cg, cu)
-    y = cast(Tensor, self.down_proj.frozen(h) + F.linear(S, Bd))
+    y = cast(Tensor, self.down_proj.frozen(h) + F.linear(keep(S), Bd))
     return y if cd is None else (y * cd).to(y.dtype)
 
 

@@ -191,7 +191,11 @@ def install(layers: list[nn.Module], compile: bool, varying: bool, recompute: in
     budget: share of the activations that a compiled layer keeps (1: all but what is cheap to make again).
     """
     if compile:
+        from weft.step.budget import Takes  # brings the compiler
+
         aot.activation_memory_budget = budget
+        aot.activation_memory_budget_runtime_estimator = Takes()
+        aot.is_non_builtin_to_include = True  # our own operations are weighed like torch's
         torch._dynamo.reset()  # graphs of another budget
         torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)  # kinds of layer, modes, ranks
         # Where shapes vary every float (a scale, an epsilon) would be an input, as a tensor on the CPU: C++ to build in a card's graph.
@@ -202,6 +206,6 @@ def install(layers: list[nn.Module], compile: bool, varying: bool, recompute: in
 
 
 def uninstall(layers: list[nn.Module]) -> None:
-    aot.activation_memory_budget = 1.0
+    aot.activation_memory_budget, aot.activation_memory_budget_runtime_estimator, aot.is_non_builtin_to_include = 1.0, "flops", False
     for layer in layers:
         layer._compiled_call_impl = None
