@@ -7,6 +7,7 @@ Needs a CUDA device and pytest. Fresh random inputs of awkward shapes every time
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -321,8 +322,24 @@ def tests() -> None:
 PARTS = (low_rank, quantised, few_tokens, gated_mlp, fused_loss, fp8, adapters, experts, packed, training, tests, fast_step)
 
 
+def join(files: list[Path]) -> int:
+    """Parts that were run on several cards of one machine, as one result."""
+    found = [json.loads(f.read_text()) for f in files]
+    if len({(f["commit"], f["machine"]["gpu"], f["versions"]["torch"]) for f in found}) > 1:
+        raise SystemExit("these results are not of one commit, card and torch")
+    parts = {name: seconds for f in found for name, seconds in f["parts"].items()}
+    left, checks = [p.__name__ for p in PARTS if p.__name__ not in parts], [c for f in found for c in f["checks"]]
+    ok = all(c["ok"] for c in checks) and not left
+    place = Path(__file__).parent / "results" / "gpu_check.json"
+    place.write_text(json.dumps(found[0] | {"ok": ok, "parts": parts, "not_run": left, "checks": checks}, indent=2) + "\n")
+    print(place)
+    return 0 if ok else 1
+
+
 def main() -> int:
     torch.backends.cuda.matmul.allow_tf32 = False
+    if sys.argv[1:2] == ["--join"]:
+        return join([Path(name) for name in sys.argv[2:]])
     names = sys.argv[1:] or [part.__name__ for part in PARTS]
     seconds: dict[str, float] = {}
     for part in PARTS:

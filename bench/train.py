@@ -371,10 +371,8 @@ def main() -> None:
         for side in args.sides:
             if missing := absent(side):
                 rows.append({"row": row, "side": side, "error": f"{missing} is not installed"})
-            elif side != "weft" and (ROWS[row][1] == "fp8" or (side == "peft+liger" and ROWS[row][1] == "nf4")):
-                continue  # nobody else multiplies in fp8; peft is measured once in 4 bits
-            elif side in ("unsloth", "peft+liger") and "MoE" in row:
-                continue  # liger's patch is Llama's; unsloth trains no factors on fused experts
+            elif side not in able(row):
+                continue
             elif time.perf_counter() - began > args.seconds:
                 rows.append({"row": row, "side": side, "error": "not run: out of time"})
             else:
@@ -386,6 +384,17 @@ def main() -> None:
                 print(json.dumps(rows[-1]["kernels_ms"]), flush=True)
             save("train", {"gemm_tflops": gemm, "batch": f"{BATCH} x {LENGTH}", "rank": RANK, "rows": rows},
                  ("torch", "transformers", "peft", "liger_kernel", "triton"))  # fmt: skip
+
+
+def able(row: str) -> tuple[str, ...]:
+    """Who runs this row. Nobody else multiplies in fp8 or has a point between least memory and most speed; liger's patch is Llama's, and
+    where it can be had peft is not measured without it; unsloth trains no factors on fused experts."""
+    shape, fmt, memory, _, _ = ROWS[row]
+    if fmt == "fp8" or 0.2 < memory < 1:
+        return ("weft",)
+    if "MoE" in shape:
+        return ("weft", "peft")
+    return ("weft", "unsloth", "peft") if fmt == "nf4" else ("weft", "unsloth", "peft+liger")
 
 
 def join(files: list[Path]) -> None:
