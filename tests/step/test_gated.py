@@ -70,6 +70,43 @@ def test_which_mlps_are_taken():
     assert not any(taken.values()), taken
 
 
+@pytest.mark.parametrize("touch", ["hook", "backward hook", "forward", "adapter"])
+def test_what_somebody_touched_is_left_alone(touch):
+    model = build("Llama", {}).requires_grad_(False)
+    weft.adapt(model, weft.LoRA(rank=2), name="maps")
+    weft.adapt(model, weft.Bottleneck(reduction=8, targets=["mlp"]), name="around")  # starts as the identity
+    weft.use(model, "maps")
+    mlp = model.model.layers[1].mlp
+    assert step_gated.gated_mlps(model) == [model.model.layers[0].mlp, mlp]
+    if touch == "hook":
+        mlp.up_proj.register_forward_hook(lambda *_: None)
+    elif touch == "backward hook":
+        mlp.register_full_backward_hook(lambda *_: None)
+    elif touch == "forward":
+        mlp.gate_proj.forward = mlp.gate_proj.forward
+    else:
+        weft.use(model, ["maps", "around"])
+    assert step_gated.gated_mlps(model) == ([] if touch == "adapter" else [model.model.layers[0].mlp])
+
+
+def test_evaluation_is_the_models_own():
+    """To the last bit, and with the norms that DoRA keeps between tokens."""
+    model = build("Llama", {}).requires_grad_(False)
+    weft.adapt(model, weft.DoRA(rank=2)).train()
+    with torch.no_grad():
+        for p in weft.adapters.trainable(model, "default").values():
+            p.add_(0.1 * torch.randn_like(p))
+    ids, mlps, found = torch.randint(97, (4, 40)), step_gated.gated_mlps(model), []
+    for _ in range(2):
+        with torch.no_grad():
+            found.append(model(ids).logits)
+        step_gated.install(mlps)
+    training = model(ids).logits
+    step_gated.uninstall(mlps)
+    assert len(mlps) == 2 and torch.equal(*found)
+    torch.testing.assert_close(training, found[0], rtol=1e-4, atol=1e-5)
+
+
 def test_a_model_computes_the_same_with_it_and_another_adapter_is_respected():
     model = build("Llama", {}).requires_grad_(False)
     weft.adapt(model, weft.LoRA(rank=3), name="one")

@@ -25,8 +25,8 @@ def gated_mlps(model: nn.Module) -> list[nn.Module]:
 
 
 def ready(mlp: Any) -> bool:
-    """Whether each of its maps has one LoRA or DoRA at work and nothing that these do not always have."""
-    return all(_usual(mlp._modules[name]) for name in MAPS)
+    """Whether each of its maps has one LoRA or DoRA at work and nothing that these do not always have, and the MLP itself no adapter."""
+    return getattr(mlp, "plan", None) is None and all(_usual(mlp._modules[name]) for name in MAPS)
 
 
 def _usual(layer: Any) -> bool:
@@ -39,8 +39,8 @@ def _usual(layer: Any) -> bool:
 
 
 def _computes_it(mlp: Any) -> bool:
-    """Whether its own forward is that formula: two tokens, to the last bit. One that was replaced on the object is left alone."""
-    if "forward" in vars(mlp) or mlp._forward_hooks or mlp._forward_pre_hooks:
+    """Whether its own forward is that formula: two tokens, to the last bit. One that somebody hooked or replaced is left alone."""
+    if any(map(_touched, (mlp, *(mlp._modules[name] for name in MAPS)))):
         return False
     weight = mlp.down_proj.weight
     dtype = weight.dtype if weight.is_floating_point() and weight.itemsize > 1 else mlp.down_proj.dtype
@@ -50,9 +50,13 @@ def _computes_it(mlp: Any) -> bool:
         return torch.equal(mlp(x), mlp.down_proj(F.silu(mlp.gate_proj(x)) * mlp.up_proj(x)))
 
 
+def _touched(m: Any) -> bool:
+    return "forward" in vars(m) or bool(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks)
+
+
 def forward(self: Any, x: Tensor) -> Tensor:
-    """What stands in for the MLP's own forward."""
-    if not ready(self):  # another adapter has come to work since
+    """What stands in for the MLP's own forward in training; evaluation, where DoRA keeps its norms, goes by its own."""
+    if not (torch.is_grad_enabled() and ready(self)):  # another adapter may have come to work since
         return type(self).forward(self, x)  # type: ignore[no-any-return]
     g, u = self.gate_proj.frozen(x), self.up_proj.frozen(x)
     (Ag, Bg, cg), (Au, Bu, cu), (Ad, Bd, cd) = (_factors(self._modules[name], g.dtype) for name in MAPS)
