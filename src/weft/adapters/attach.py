@@ -197,6 +197,8 @@ def rows(model: nn.Module, names: Sequence[str | None], lengths: Sequence[int] |
     Works with `model.generate`, beam search included (each beam keeps its row's adapter). Raises WeftError for an unknown name.
     lengths: tokens of each row, for a packed batch, where they lie end to end; its adapters must stand on linear layers (`by_token`).
     """
+    if lengths is not None and len(lengths) != len(names):
+        raise WeftError(f"{len(names)} rows have names and {len(lengths)} have lengths: give one of each for every row of the packed batch")
     found = sites(model)
     distinct = tuple(dict.fromkeys(n for n in names if n is not None))
     check_known(found, distinct)

@@ -158,10 +158,12 @@ class Mixture:
         return self.kind.mixed(self, layer, *inputs, **kwargs)
 
     def _packed(self, layer: Site, x: Tensor, *inputs: Any, **kwargs: Any) -> Tensor:
-        if inputs or kwargs or not is_linear(layer) or x.shape[:-1].numel() != sum(self.counts):
+        plain = is_linear(layer) and not (inputs or kwargs)
+        if not plain or x.shape[:-1].numel() != sum(self.counts):
+            here = f"not here, where {x.shape[:-1].numel()} tokens came and the rows have {sum(self.counts)}" if plain else "not here"
             raise WeftError(
                 f"{self.path or 'the model'}: rows of a packed batch can have adapters of their own on linear layers that see every token, "
-                "not here: pad the rows (data.packing: false)"
+                f"{here}: pad the rows (data.packing: false)"
             )
         y = self.kind.side_by_side(self, layer, x.reshape(-1, x.shape[-1]))
         return y.view(*x.shape[:-1], y.shape[-1])
