@@ -65,7 +65,7 @@ def gradients(model: nn.Module, x: Tensor, y: Tensor, g: Tensor) -> list[Tensor]
 
 def test_only_where_every_token_is_seen() -> None:
     model = adapted(("LoRA", {"rank": 2}))
-    short = pytest.raises(weft.WeftError, match="rows of a packed batch.*6 tokens came and the rows have 7: pad the rows")
+    short = pytest.raises(weft.WeftError, match=r"rows of a packed batch.*6 tokens came and the rows have 7: pad the rows")
     with short, weft.rows(model, ["a", None], [3, 4]):
         model(torch.randn(1, 6, 20))
     with pytest.raises(weft.WeftError, match="2 rows have names and 1 have lengths"), weft.rows(model, ["a", None], [7]):

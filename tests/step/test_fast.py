@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import random
+import subprocess
+import sys
 from functools import partial
 
 import pytest
@@ -12,8 +15,9 @@ from torch._dynamo.backends.common import aot_autograd
 
 import weft
 from tests.step.test_loss import build, rows
+from weft import data
 from weft.core import WeftError, modules
-from weft.data import pack, pad
+from weft.data import Row, pack, pad
 from weft.data.batches import filled
 from weft.kernels.fp8_gemm import fp8_linear
 from weft.kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
@@ -120,6 +124,22 @@ def test_compiled_layers(memory):
     assert check(model, batch, compile=True, memory=memory).compiled
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", r"ignore:The \.grad attribute")
+def test_rounding_in_16_bits_is_no_disagreement():
+    """By inductor, whose fused operations round elsewhere; many short rows with one template, as in the demo."""
+    model = weft.load_base("embedded", base="bf16", device="cpu").requires_grad_(False)
+    attention.use(model)
+    torch.manual_seed(0)
+    weft.adapt(model, weft.LoRA(rank=16)).train()
+    words = ["".join(random.Random(i).choices("abcde", k=3 + i % 7)) for i in range(60)]
+    told = [Row("", "", ({"role": "user", "content": f"Upper: {w}"}, {"role": "assistant", "content": w.upper()})) for w in words]
+    batch = pack(data.prepare(told, weft.load_tokenizer("embedded"), data.DataConfig(train="")).examples)
+    said: list[str] = []
+    fast = prepare(model, batch, weft.adapters.trainable(model, "default"), compile=True, varying=False, say=said.append)
+    fast.close()
+    assert fast.compiled and not said, said
+
+
 @pytest.mark.parametrize("varying", [False, True])
 def test_floats_are_constants_of_a_compiled_layer(monkeypatch, varying):
     """Where shapes vary torch makes them inputs of the graph, on the CPU: on a card it would build C++ for them. Without a mask no other
@@ -143,6 +163,43 @@ def test_floats_are_constants_of_a_compiled_layer(monkeypatch, varying):
     values = [node.meta.get("val") for graph in graphs for node in graph.graph.nodes]
     assert len(graphs) == 2 and any(isinstance(v, torch.Tensor) for v in values)  # forward and backward, one pair for both layers
     assert not [v for v in values if isinstance(v, torch.SymFloat) or (isinstance(v, torch.Tensor) and v.dim() == 0)]
+
+
+def test_a_trial_that_fails_leaves_the_model_as_it_was(monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("no room")
+
+    model = build("Llama", {}).requires_grad_(False)
+    quantise_(model, "fp8")
+    weft.adapt(model, weft.LoRA(rank=3)).train()
+    monkeypatch.setattr("weft.step.fast.usable", lambda t: True)
+    monkeypatch.setattr("weft.step.fast.narrowable", partial(narrowable, everywhere=True))
+    monkeypatch.setattr("weft.step.fast.measure", full)
+    said = []
+    with pytest.raises(weft.WeftError, match="does not fit"):
+        prepare(model, pad(rows([9, 4])), weft.adapters.trainable(model, "default"), compile=True, fp8=True, say=said.append)
+    assert "self-check was left out" in said[0] and "trying less" in said[1]
+    left = [m for m in model.modules() if m._compiled_call_impl is not None or "forward" in vars(m) or getattr(m, "narrow", False)]
+    assert not left and model.training
+
+
+@pytest.mark.parametrize("fp8", [None, True])
+def test_products_in_fp8_that_nothing_was_held_against(monkeypatch, fp8):
+    """They are for those who asked."""
+    model = build("Llama", {}).requires_grad_(False)
+    quantise_(model, "fp8")
+    weft.adapt(model, weft.LoRA(rank=3)).train()
+    monkeypatch.setattr("weft.step.fast.narrowable", partial(narrowable, everywhere=True))
+    monkeypatch.setattr("weft.step.fast._plain", lambda *_: None)
+    fast = prepare(model, pad(rows([9, 4])), weft.adapters.trainable(model, "default"), compile=False, fp8=fp8)
+    assert sum(m.narrow for _, m in modules(model) if hasattr(m, "narrow")) == len(fast.narrow) == (14 if fp8 else 0)
+    fast.close()
+
+
+def test_warming_up_is_silent_when_the_process_ends_meanwhile():
+    script = "import atexit; from weft.step import warm; atexit.register(warm().join)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0 and not done.stderr, done.stderr
 
 
 def test_a_fast_path_that_is_wrong_is_named_and_not_used(monkeypatch):

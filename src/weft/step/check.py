@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from weft.step.routing import routed
 
 # ‖fast - plain‖ / ‖plain‖: of the loss, of all gradients together, and of one parameter's gradient. In fp32 only the order of sums
-# differs. In 16 bit every layer rounds, and the two paths round elsewhere: 0.05 apart for 16 layers of random weights, 0.12 for 32. fp8
-# rounds both sides of every product to 3 bits of mantissa: 0.05 apart on trained weights, but 0.7 for 32 random layers, so that bound finds
-# only what is grossly wrong; what decides is each product's own distance (weft.step.fp8).
-BOUNDS = {"fp32": (1e-4, 1e-3, 1e-2), "16 bit": (5e-3, 0.25, 0.5), "fp8": (1e-2, 0.9, 1.5)}
+# differs. In 16 bit every layer rounds, and the two paths round elsewhere: gradients lie 0.05 apart for 16 layers of random weights, 0.12
+# for 32, and losses 0.022 on the embedded base in bf16: rows that begin alike err alike, which no mean takes away. fp8 rounds both sides of
+# every product to 3 bits of mantissa: 0.05 apart on trained weights, but 0.7 for 32 random layers, so that bound finds only what is grossly
+# wrong; what decides is each product's own distance (weft.step.fp8).
+BOUNDS = {"fp32": (1e-4, 1e-3, 1e-2), "16 bit": (4e-2, 0.25, 0.5), "fp8": (4e-2, 0.9, 1.5)}
 
 
 def bounds(model: nn.Module, fp8: bool) -> tuple[str, tuple[float, float, float]]:

@@ -1,7 +1,7 @@
 """The fast path of a training step, chosen here and nowhere else.
 
     compiled layers         each repeated layer is one graph (CUDA)
-    gated MLPs              what lies between their products is one operation each way, where all three have LoRA
+    gated MLPs              what lies between their products is one operation each way, where all three have LoRA or DoRA
     no logits               the head and the loss are one operation, a slice of tokens at a time
     no mask                 padded rows go without one where a token never looks right, which is where padding is
     a budget of memory      what is kept for the backward pass and what is made again, by what the card has free
@@ -157,17 +157,27 @@ def prepare(
     if random:  # two passes would draw different masks
         model.eval()
     try:
-        _try(fast, batch, parameters, self_check, say)
+        _try(fast, batch, parameters, self_check, bool(fp8), say)
+    except BaseException:
+        fast.close()
+        raise
     finally:
         model.train(training)
     return fast
 
 
-def _try(fast: Fast, batch: Batch, parameters: Mapping[str, nn.Parameter], self_check: bool, say: Callable[[str], None]) -> None:
-    """Run the micro-batch both ways; what fails, does not fit or does not agree is left out, the fused MLPs before all of it."""
+def _try(
+    fast: Fast, batch: Batch, parameters: Mapping[str, nn.Parameter], self_check: bool, unchecked: bool, say: Callable[[str], None]
+) -> None:
+    """Run the micro-batch both ways; what fails, does not fit or does not agree is left out, the fused MLPs before all of it.
+
+    unchecked: products in fp8 stay, though the plain path did not fit and nothing was held against it.
+    """
     started = time.perf_counter()
     with stirred(parameters, batch.input_ids.device):
         plain = _plain(fast, batch, parameters, say) if self_check else None
+        if self_check and plain is None and not unchecked:
+            fast.narrow = {}
         while True:
             fast.install(fast.level)
             found, failed = _pass(fast, batch, parameters, say)

@@ -9,6 +9,7 @@ again what the backward pass reads, and only that: the last product of a layer, 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import cache
@@ -23,6 +24,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from weft.core import base_class
+
+logger = logging.getLogger("weft")
 
 
 def repeated(model: nn.Module) -> list[nn.Module]:
@@ -171,14 +174,20 @@ class Offload:
 
 @cache
 def warm() -> Thread:
-    """Begin in the background to import the compiler and to start its workers: seconds that the first step need not wait for."""
+    """Begin in the background to import the compiler and to start its workers: seconds that the first step need not wait for.
+
+    Join it before compiling: two threads that import parts of one package can each meet the other's half.
+    """
 
     def begin() -> None:
-        import_module("torch._inductor.compile_fx")
-        from torch._inductor.async_compile import AsyncCompile
+        try:
+            import_module("torch._inductor.compile_fx")
+            from torch._inductor.async_compile import AsyncCompile
 
-        AsyncCompile.warm_pool()
-        AsyncCompile.wakeup()
+            AsyncCompile.warm_pool()
+            AsyncCompile.wakeup()
+        except Exception:  # such as a process that ends meanwhile; whoever compiles imports it again, and meets what is wrong
+            logger.debug("the compiler was not warmed up", exc_info=True)
 
     thread = Thread(target=begin, name="weft-warms-the-compiler", daemon=True)
     thread.start()
@@ -191,6 +200,7 @@ def install(layers: list[nn.Module], compile: bool, varying: bool, recompute: in
     budget: share of the activations that a compiled layer keeps (1: all but what is cheap to make again).
     """
     if compile:
+        warm().join()
         from weft.step.budget import Takes  # brings the compiler
 
         aot.activation_memory_budget = budget
