@@ -201,10 +201,8 @@ def install(layers: list[nn.Module], compile: bool, varying: bool, recompute: in
     """
     if compile:
         warm().join()
-        from weft.step.budget import Takes  # brings the compiler
-
         aot.activation_memory_budget = budget
-        aot.activation_memory_budget_runtime_estimator = Takes()
+        aot.activation_memory_budget_runtime_estimator = import_module("weft.step.budget").Takes()  # only now: it imports the compiler
         aot.is_non_builtin_to_include = True  # our own operations are weighed like torch's
         torch._dynamo.reset()  # graphs of another budget
         torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)  # kinds of layer, modes, ranks
