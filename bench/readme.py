@@ -1,7 +1,7 @@
-"""The README's tables, made from the committed results. No number is typed into the README by hand.
+"""The README's tables and picture, made from the committed results. No number is typed into the README by hand.
 
-`python bench/readme.py` writes the blocks between `<!-- bench:NAME -->` and `<!-- /bench -->` in README.md anew; with `--check` it only
-says whether they are up to date (exit code 1: they are not).
+`python bench/readme.py` writes the blocks between `<!-- bench:NAME -->` and `<!-- /bench -->` in README.md anew, and the picture if it is
+not up to date; with `--check` it only says whether they are (exit code 1: they are not).
 """
 
 from __future__ import annotations
@@ -13,8 +13,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parent))
+import plots
+
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
+PICTURE, PICTURED = ROOT / "docs" / "figures" / "train.svg", ROOT / "bench" / "results" / "train.json"
 BLOCK = re.compile(r"(<!-- bench:(\w+) -->\n).*?(<!-- /bench -->)", re.S)
 
 
@@ -109,6 +113,10 @@ def train(result: dict[str, Any]) -> str:
     return f"{said}\n\n{table(head, rows)}"
 
 
+def pictured(result: dict[str, Any]) -> str:
+    return f"![{plots.alt(result)}]({PICTURE.relative_to(ROOT)})\n\n{train(result)}"
+
+
 def methods(result: dict[str, Any]) -> str:
     def cells(row: dict[str, Any], what: str) -> list[str]:
         unit, factor = ("×", 1.0) if what in ("token", "forward", "step") else ("ms", 1e3)
@@ -138,7 +146,7 @@ BLOCKS: dict[str, tuple[str, str, Callable[[dict[str, Any]], str]]] = {
     "methods": ("bench/results/methods.json", "python bench/methods.py", methods),
     "step": ("bench/results/step.json", "python bench/step.py", step),
     "step_gpu": ("bench/results/step_gpu.json", "python bench/step.py --device cuda", step),
-    "train": ("bench/results/train.json", "python bench/train.py", train),
+    "train": ("bench/results/train.json", "python bench/train.py", pictured),
     "train_h100": ("bench/results/train_h100.json", "python bench/train.py --alone ROW weft", train),
     "demo": ("src/weft/cli/demo_sweep.json", "python bench/demo_sweep.py", demo),
     "base": ("bench/results/base.json", "python bench/base/report.py", base),
@@ -160,14 +168,25 @@ def render(text: str) -> str:
     return BLOCK.sub(lambda m: m[1] + block(m[2]) + m[3], text)
 
 
+def stale() -> bool:
+    """Whether the picture is of other figures than the result's, or drawn by another program."""
+    return not PICTURE.exists() or plots.mark(json.loads(PICTURED.read_text(encoding="utf-8"))) not in PICTURE.read_text(encoding="utf-8")
+
+
 def main() -> int:
     now = README.read_text(encoding="utf-8")
-    new = render(now)
+    new, redraw = render(now), stale()
     if "--check" in sys.argv:
-        print("README.md is up to date" if new == now else "README.md is not up to date: python bench/readme.py")
-        return int(new != now)
+        old = [name for name, changed in (("README.md", new != now), (str(PICTURE.relative_to(ROOT)), redraw)) if changed]
+        print(f"not up to date: {', '.join(old)}; python bench/readme.py" if old else "README.md and its picture are up to date")
+        return int(bool(old))
+    if redraw:
+        svg = plots.draw(json.loads(PICTURED.read_text(encoding="utf-8")))
+        PICTURE.parent.mkdir(exist_ok=True)
+        PICTURE.write_text(svg, encoding="utf-8")
     README.write_text(new, encoding="utf-8")
     print(f"README.md: {len(BLOCK.findall(now))} tables, {'changed' if new != now else 'as they were'}")
+    print(f"{PICTURE.relative_to(ROOT)}: {'drawn anew' if redraw else 'as it was'}")
     return 0
 
 

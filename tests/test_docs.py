@@ -1,4 +1,4 @@
-"""The front documents: examples run and print what stands there, links lead somewhere, the README's tables are the benchmarks'."""
+"""The front documents: examples run and print what stands there, links lead somewhere, tables and picture are the benchmarks'."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
 from types import ModuleType
+from xml.etree import ElementTree
 
 import pytest
 
@@ -115,10 +116,39 @@ def test_every_decision_is_in_the_index() -> None:
         assert (folder / name).read_text(encoding="utf-8").startswith(f"# {name[:4]}. ")
 
 
-def test_the_readmes_tables_are_those_of_the_results() -> None:
+@pytest.fixture
+def readme(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """bench/readme.py, and bench/plots.py as its `plots`."""
+    monkeypatch.setattr(sys, "path", list(sys.path))  # it puts bench/ there
     spec = importlib.util.spec_from_file_location("bench_readme", ROOT / "bench" / "readme.py")
     assert spec is not None and spec.loader is not None
-    readme = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(readme)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_readmes_tables_and_picture_are_those_of_the_results(readme: ModuleType) -> None:
     assert {name for _, name, _ in readme.BLOCK.findall(README)} == set(readme.BLOCKS)
     assert readme.render(README) == README, "the tables in README.md are not those of the results: python bench/readme.py"
+    assert not readme.stale(), "the picture in README.md is not that of the results: python bench/readme.py"
+
+
+def test_the_picture_shows_every_row_and_failure(readme: ModuleType) -> None:
+    def row(row: str, side: str, speed: float, peak: float) -> dict:
+        return {"row": row, "side": side, "tokens_per_s": speed, "peak_gb": peak}
+
+    result = {"machine": {"gpu": "a card"}, "rank": 4, "batch": "2 x 8", "rows": [
+        row("1B bf16", "peft", 100, 8), row("8B bf16", "peft", 10, 50), row("8B bf16", "unsloth", 20, 60), row("8B bf16", "weft", 15, 40),
+        row("3B MoE fp8", "weft", 70, 30), {"row": "1B bf16", "side": "weft", "error": "OutOfMemoryError: too <large>"}]}  # fmt: skip
+    svg = readme.plots.draw(result)
+    texts = [e.text for e in ElementTree.fromstring(svg).iter("{http://www.w3.org/2000/svg}text")]
+    sizes = ["8B", "3B MoE", "1B"]
+    assert [t for t in texts if t in sizes] == sizes
+    assert {"15", "40.0", "×0.75", "×0.80", "70", "30.0", "weft: out of memory"} <= set(texts)  # each against the best in its own right
+    assert "× 0.75 to × 0.75" in readme.plots.alt(result) and "unsloth 20 tokens a second at 60.0 GB" in readme.plots.alt(result)
+    assert readme.plots.mark(result) in svg and readme.plots.draw(result) == svg
+    result["rows"][0]["peak_gb"] = 9
+    assert readme.plots.mark(result) not in svg
+    result["rows"][0]["side"] = "another"
+    with pytest.raises(ValueError):
+        readme.plots.draw(result)
