@@ -34,6 +34,19 @@ def test_the_triton_kernels_equal_plain_torch() -> None:
     assert done.returncode == 0 and done.stdout.strip() == "71 equal, 144 close", done.stderr[-2000:]
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("base", ["nf4", "int8", "fp8"])
+def test_on_a_card_that_is_not_the_current_one(base: str) -> None:
+    layer = QuantLinear.of(FORMATS[base].pack(torch.randn(256, 512)), (256, 512), base, torch.float32)
+    xs = [torch.randn(tokens, 512) for tokens in (1, 9, 70)]  # each by a kernel of its own
+    want = [layer(x) for x in xs]
+    layer.to("cuda:1")
+    with torch.cuda.device(0), torch.no_grad():
+        for x, y in zip(xs, want, strict=True):
+            got = layer(x.to("cuda:1", torch.bfloat16)).float().cpu()
+            assert (got - y).norm() <= 2e-2 * y.norm()
+
+
 @settings(max_examples=40, deadline=None)
 @given(shape=SHAPES, block=st.sampled_from(BLOCKS), kind=FOUR, nested=st.booleans(), seed=st.integers(0, 99))
 def test_a_weight_is_decoded_element_by_element(shape: tuple[int, int], block: int, kind: str, nested: bool, seed: int) -> None:

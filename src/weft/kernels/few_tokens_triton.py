@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from weft.kernels import few_tokens as plain
+from weft.kernels.launch import on_its_card
 from weft.kernels.triton import scale_of
 
 GROUP = tl.constexpr(plain.GROUP)
@@ -89,6 +90,7 @@ def _few(  # type: ignore[no-untyped-def]
     tl.store(y + token * outputs + row.reshape(1, ROWS), out, mask=(token < tokens) & (row < outputs).reshape(1, ROWS))
 
 
+@on_its_card
 def one_token(
     x: Tensor, args: tuple[Any, ...], y: Tensor, meta: dict[str, Any], rows: int = 2, groups: int = 32, warps: int = 1
 ) -> Tensor:
@@ -103,6 +105,7 @@ def one_token(
     return y
 
 
+@on_its_card
 def few_tokens(
     x: Tensor, args: tuple[Any, ...], y: Tensor, meta: dict[str, Any], rows: int = 16, groups: int = 8, warps: int = 4, stages: int = 4
 ) -> Tensor:

@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from weft.kernels.launch import on_its_card
+
 
 @triton.jit
 def scale_of(absmax, code2, absmax2, offset, block, there, NESTED: tl.constexpr):  # type: ignore[no-untyped-def]
@@ -59,6 +61,7 @@ def _turned(q, out, rows, columns, SIZE: tl.constexpr):  # type: ignore[no-untyp
     tl.store(out + c[:, None] * rows + r[None, :], tl.trans(tile), mask=(c[:, None] < columns) & (r[None, :] < rows))
 
 
+@on_its_card
 def dequantise_4bit_triton(
     packed: Tensor, absmax: Tensor, nested_absmax: Tensor | None, nested_offset: Tensor | None, lut: Tensor, code2: Tensor, out: Tensor,
     block: int, size: int = 1024, warps: int = 2,
@@ -75,6 +78,7 @@ def dequantise_4bit_triton(
     return out
 
 
+@on_its_card
 def dequantise_8bit_triton(packed: Tensor, scale: Tensor, out: Tensor, high: int, wide: int, size: int = 1024, warps: int = 2) -> Tensor:
     """As `dequantise_8bit_reference`, in one launch."""
     rows, columns = out.shape[-2:]
@@ -85,6 +89,7 @@ def dequantise_8bit_triton(packed: Tensor, scale: Tensor, out: Tensor, high: int
     return out
 
 
+@on_its_card
 def transpose_bytes_triton(packed: Tensor, out: Tensor, size: int = 128, warps: int = 8) -> Tensor:
     """packed (rows, columns), one byte an element, into out (columns, rows), tile by tile."""
     rows, columns = packed.shape

@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from weft.kernels.launch import on_its_card
+
 
 @triton.jit
 def _slice(logits, targets, losses, vocabulary, IGNORED: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
@@ -33,6 +35,7 @@ def _slice(logits, targets, losses, vocabulary, IGNORED: tl.constexpr, BLOCK: tl
         tl.store(logits + column, tl.where(bears, d, 0.0).to(logits.dtype.element_ty), mask=column < vocabulary)
 
 
+@on_its_card
 def slice_triton(logits: Tensor, targets: Tensor, ignored: int, block: int = 4096, warps: int = 8) -> tuple[Tensor, Tensor]:
     """(loss of a slice, its logits turned into their own gradient), one program a token; logits (n, V) contiguous."""
     n, vocabulary = logits.shape

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from weft.kernels.hadamard import power_of_two
+from weft.kernels.launch import on_its_card
 
 SPLITS = 16
 
@@ -112,6 +113,7 @@ def _exact(t: Tensor) -> str:
     return "ieee" if t.dtype == torch.float32 else "tf32"  # the latter has no say on 16-bit factors
 
 
+@on_its_card
 def gated_triton(
     g: Tensor, u: Tensor, Sg: Tensor, Bg: Tensor, Su: Tensor, Bu: Tensor, cg: Tensor | None = None, cu: Tensor | None = None,
     rows: int = 32, columns: int = 128, warps: int = 8,
@@ -126,6 +128,7 @@ def gated_triton(
     return h
 
 
+@on_its_card
 def gated_backward_triton(
     dh: Tensor, dS: Tensor, g: Tensor, u: Tensor, Sg: Tensor, Bg: Tensor, Su: Tensor, Bu: Tensor, A: Tensor, cg: Tensor | None = None,
     cu: Tensor | None = None, rows: int = 32, columns: int = 64, warps: int = 4, splits: int = SPLITS,

@@ -90,8 +90,8 @@ def differences(
         wrong.append(f"all gradients together are off by {total:.2g} of their size")
     wrong += [f"{n}: its gradient is off by {share:.2g} of its size" for n, share in shares.items() if not share <= limits[2]]
     worst = max(shares.values(), default=0.0)
-    found = (f"loss within {losses:.1e} (bound {limits[0]:.0e}), gradients within {total:.1e} ({limits[1]:.0e}), "
-             f"the worst one within {worst:.1e} ({limits[2]:.1e})")  # fmt: skip
+    found = (f"loss within {losses:.1e} (bound {limits[0]:g}), gradients within {total:.1e} ({limits[1]:g}), "
+             f"the worst one within {worst:.1e} ({limits[2]:g})")  # fmt: skip
     return found, wrong
 
 

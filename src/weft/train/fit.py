@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from math import ceil
 from pathlib import Path
@@ -90,7 +90,7 @@ def fit(
     tokenizer = load_tokenizer(recipe.model) if tokenizer is None else tokenizer
     if recipe.train.device not in ("auto", str(next(model.parameters()).device)):
         model.to(recipe.train.device)
-    with with_threads(recipe.train.threads), Signals() as signals:
+    with with_threads(recipe.train.threads), on_card_of(model), Signals() as signals:
         data = RunData(model, recipe, tokenizer)
         show.text(data.report)
         with adapted(model, recipe, data.batches, output):
@@ -200,6 +200,12 @@ def with_threads(number: int | None) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def on_card_of(model: nn.Module) -> AbstractContextManager[Any]:
+    """The model's card as the current one for the length of a with-block: streams, events and what is read of memory are of that."""
+    device = next(model.parameters()).device
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def finish(run: Run, data: RunData, tokenizer: Any, output: Output) -> Result:

@@ -23,7 +23,7 @@ from weft.methods.lora_init import ELSEWHERE
 from weft.models import load_tokenizer
 from weft.step import Fast, prepare
 from weft.train import start
-from weft.train.fit import Result, RunData, adapted, describe_plan, facts, finish, with_threads
+from weft.train.fit import Result, RunData, adapted, describe_plan, facts, finish, on_card_of, with_threads
 from weft.train.guard import Diverged, Interrupted, Signals
 from weft.train.loop import update
 from weft.train.output import Output
@@ -128,7 +128,7 @@ def fit_together(
     outputs = [Output(r, resume, overwrite) for r in recipes]
     lost: dict[str, Diverged] = {}
     results: list[Result] = []
-    with with_threads(first.train.threads), Signals() as signals, ExitStack() as after:
+    with with_threads(first.train.threads), on_card_of(model), Signals() as signals, ExitStack() as after:
         shows = [Show("off" if r.train.progress == "off" else "lines", name=r.name) for r in recipes]
         runs: list[Run] = []
         data: list[RunData] = []
