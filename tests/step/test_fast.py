@@ -125,6 +125,22 @@ def test_compiled_layers(memory):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", r"ignore:The \.grad attribute")
+@pytest.mark.filterwarnings("ignore:.*deprecated:FutureWarning")  # the newest transformers call it by another name
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_under_the_checkpoints_of_transformers(monkeypatch, reentrant):
+    """A layer's region lies within them, fused MLP and all."""
+    monkeypatch.setattr("weft.step.fast.usable", lambda t: True)
+    model = build("Llama", {}).requires_grad_(False)
+    weft.adapt(model, weft.LoRA(rank=3)).train()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    said: list[str] = []
+    fast = prepare(model, pad(rows([9, 4, 7])), weft.adapters.trainable(model, "default"), compile=True, say=said.append)
+    fast.close()
+    assert not said and fast.compiled and len(fast.mlps) == 2 and "self-check" in fast.said[0], said
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", r"ignore:The \.grad attribute")
 def test_rounding_in_16_bits_is_no_disagreement():
     """By inductor, whose fused operations round elsewhere; many short rows with one template, as in the demo."""
     model = weft.load_base("embedded", base="bf16", device="cpu").requires_grad_(False)
