@@ -139,6 +139,35 @@ def combine(result: dict[str, Any]) -> str:
     return f"Base: {result['base']}; weights 0.5 and 0.5. The error is that against Σ wᵢΔWᵢ, relative.\n\n{table(head, rows)}"
 
 
+def together(result: dict[str, Any]) -> str:
+    ways = {"together": "at once", "one_after_another": "one after another"}
+    rows = [[told, f"{result[way]['seconds']:.0f} s", f"{result[way]['tokens_per_s']:,.0f}", f"{result[way]['peak_bytes'] / 1e9:.1f}"]
+            for way, told in ways.items()]  # fmt: skip
+    faster, ranks = result["times_faster"], " and ".join(map(str, result["ranks"]))
+    said = (f"{result['adapters']} adapters of ranks {ranks} on one base of {result['shape']}, {result['steps']} steps of "
+            f"{result['tokens']} tokens each: × {faster['steps']:.2f} in steps, × {faster['all']:.2f} with compiling, which comes once a kind.")
+    return f"{said}\n\n{table(['', 'in all', 'tokens/s of the steps', 'peak GB'], rows)}"
+
+
+def few_tokens(result: dict[str, Any]) -> str:
+    rows = [
+        [f"{r['shape'][0]} × {r['shape'][1]}, {r['format']}", str(r["tokens"]),
+         *(f"{r[k]:.0f}" if k in r else "-" for k in ("fused_us", "bitsandbytes_us", "decoded_us", "bf16_us"))]
+        for r in result["products"] if r["format"] in ("nf4+dq", "fp8") and r["tokens"] in (1, 4, 16)
+    ]  # fmt: skip
+    head = ["microseconds of one product", "tokens", "from its bytes", "bitsandbytes", "decoded first", "bf16"]
+    return table(head, rows)
+
+
+def load(result: dict[str, Any]) -> str:
+    rows = [
+        [who, f"{r['seconds']:.1f} s", *(f"{r[k] / 1e9:.2f}" for k in ("host_peak_bytes", "device_peak_bytes"))]
+        for who, r in ((who, result[who]) for who in ("weft", "transformers")) if "seconds" in r
+    ]  # fmt: skip
+    said = f"{result['parameters'] / 1e9:.1f} billion parameters, {result['what']}; transformers with bitsandbytes."
+    return f"{said}\n\n{table(['', 'seconds', 'host GB of its own', 'card GB'], rows)}"
+
+
 # name of the block -> (file, how the file is made, what the block shows)
 BLOCKS: dict[str, tuple[str, str, Callable[[dict[str, Any]], str]]] = {
     "adapters": ("bench/results/adapters.json", "python bench/adapters.py", adapters),
@@ -147,7 +176,9 @@ BLOCKS: dict[str, tuple[str, str, Callable[[dict[str, Any]], str]]] = {
     "step": ("bench/results/step.json", "python bench/step.py", step),
     "step_gpu": ("bench/results/step_gpu.json", "python bench/step.py --device cuda", step),
     "train": ("bench/results/train.json", "python bench/train.py", pictured),
-    "train_h100": ("bench/results/train_h100.json", "python bench/train.py --alone ROW weft", train),
+    "together": ("bench/results/together_1B_gpu.json", "python bench/together.py --device cuda --shape 1B", together),
+    "few_tokens": ("bench/results/few_tokens.json", "python bench/few_tokens.py", few_tokens),
+    "load": ("bench/results/load_quantised_gpu.json", "python bench/load_quantised.py --device cuda --name load_quantised_gpu", load),
     "demo": ("src/weft/cli/demo_sweep.json", "python bench/demo_sweep.py", demo),
     "base": ("bench/results/base.json", "python bench/base/report.py", base),
 }
