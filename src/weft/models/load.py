@@ -117,7 +117,7 @@ def _streamed(
     shards = Shards(folder)
     stored, plain = packed.find(shards, method)
     dtype = BASES.get(kind) or computing(torch.bfloat16, place)
-    state: dict[str, Any] = {key: Lazy(partial(shards.read, key)) for key in plain}
+    state: dict[str, Any] = {key: Lazy(partial(shards.read, key, place.type == "cuda")) for key in plain}
     state |= {key: Lazy(partial(what.numbers, dtype)) for key, what in stored.items()}
     keep = kind == "auto" or (kind in {s.base for s in stored.values()} and not options)
     kinds = sorted({s.base for s in stored.values() if s.base in writable()}) or ["nf4"]
@@ -140,7 +140,7 @@ def _streamed(
         if keep and key in stored:
             return stored[key].base, {k: t.to(place) for k, t in stored[key].tensors().items()}
         base = kinds[0] if keep else kind
-        return base, format_of(base).pack(value.to(place), name=key, **options)
+        return base, format_of(base).pack(value.to(place, non_blocking=True), name=key, **options)
 
     try:
         with _quiet(str(folder)):
