@@ -161,8 +161,9 @@ def test_stopped_runs_go_on(tmp_path):
         if event["event"] == "step" and event["name"] == "b" and event["step"] == 7:
             os.kill(os.getpid(), signal.SIGINT)
 
-    with pytest.raises(Interrupted):
+    with pytest.raises(Interrupted, match=r"a after step \d+: .*; b after step 7: .*; c after step \d+: ") as stopped:
         weft.fit_together(tiny_run.model(), three(tmp_path), tokenizer=tiny_run.tokenizer(), on_event=stop)
+    assert stopped.value.code == 128 + signal.SIGINT
     assert all(json.loads((tmp_path / n / "run.json").read_text())["status"] == "unfinished" for n in "abc")
     assert all(list((tmp_path / n / "checkpoints").iterdir()) for n in "abc")
     resumed = weft.fit_together(tiny_run.model(), three(tmp_path), tokenizer=tiny_run.tokenizer())

@@ -219,7 +219,7 @@ def _pass(
             if not fast.compiled:
                 raise
             _clear(parameters)
-            return None, f"could not be compiled ({type(e).__name__}: {str(e).strip().splitlines()[0][:300]})"
+            return None, f"could not be compiled or run ({type(e).__name__}: {str(e).strip().splitlines()[0][:300]})"
         _clear(parameters)
         lower = [level for level in LEVELS if level < fast.level]
         if not lower:

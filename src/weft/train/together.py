@@ -154,11 +154,12 @@ def fit_together(
                 if run.recipe.name not in lost:
                     with weft.adapters.using(model, run.recipe.name):
                         results.append(finish(run, d, tokenizer, output))
-        except Interrupted:
-            for run in runs:
-                if run.state.step and run.recipe.name not in lost and not run.over():
-                    run.save()
-            raise
+        except Interrupted as e:
+            kept = [run for run in runs if run.state.step and run.recipe.name not in lost and not run.over()]
+            for run in kept:
+                run.save()
+            told = "; ".join(f"{run.recipe.name} after step {run.state.step}: {run.saved}" for run in kept)
+            raise Interrupted(f"{e}\nCheckpoints of all runs: {told}", e.checkpoint, e.code - 128) from None
     shows[0].table({result.adapter.name: _losses(result) for result in results})
     if lost:
         finished = ", ".join(str(r.adapter) for r in results) or "none"
