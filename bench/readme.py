@@ -144,8 +144,8 @@ def together(result: dict[str, Any]) -> str:
     rows = [[told, f"{result[way]['seconds']:.0f} s", f"{result[way]['tokens_per_s']:,.0f}", f"{result[way]['peak_bytes'] / 1e9:.1f}"]
             for way, told in ways.items()]  # fmt: skip
     faster, ranks = result["times_faster"], " and ".join(map(str, result["ranks"]))
-    said = (f"{result['adapters']} adapters of ranks {ranks} on one base of {result['shape']}, {result['steps']} steps of "
-            f"{result['tokens']} tokens each: × {faster['steps']:.2f} in steps, × {faster['all']:.2f} with compiling, which comes once a kind.")
+    work = f"{result['adapters']} adapters of ranks {ranks} on one base of {result['shape']}, {result['steps']} steps of {result['tokens']}"
+    said = f"{work} tokens each: × {faster['steps']:.2f} in steps, × {faster['all']:.2f} with compiling, which comes once a kind."
     return f"{said}\n\n{table(['', 'in all', 'tokens/s of the steps', 'peak GB'], rows)}"
 
 

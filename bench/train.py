@@ -32,6 +32,8 @@ SHAPES = {
                  head_dim=128, vocab_size=151936, tie_word_embeddings=True),
     "1B": dict(hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32, num_key_value_heads=8, head_dim=64,
                vocab_size=128256, tie_word_embeddings=True),
+    "1B with biases": dict(hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32, num_key_value_heads=8,
+                           head_dim=64, vocab_size=128256, tie_word_embeddings=True, attention_bias=True),
     "8B": dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8,
                head_dim=128, vocab_size=128256, tie_word_embeddings=False),
     "3B MoE": dict(model="Qwen3Moe", hidden_size=2048, moe_intermediate_size=768, num_hidden_layers=16, num_attention_heads=32,
@@ -58,6 +60,19 @@ ROWS: dict[str, tuple[str, str, float, str, str]] = {
     "8B nf4, least memory": ("8B", "nf4", 0.0, "full", "LoRA"),
     "8B nf4, most speed": ("8B", "nf4", 1.0, "full", "LoRA"),
     "1B fp8, most speed": ("1B", "fp8", 1.0, "full", "LoRA"),
+} | {f"1B {method}": ("1B", "bf16", 1.0, "full", method) for method in ("rsLoRA", "VeRA", "AdaLoRA", "IA3", "Bottleneck")} | {
+    "1B with biases": ("1B with biases", "bf16", 1.0, "full", "LoRA"),
+}
+# name of the method -> (weft's name and settings, peft's configuration and settings; None: peft has no such method)
+METHODS: dict[str, tuple[str, dict[str, Any], str | None, dict[str, Any]]] = {
+    "LoRA": ("LoRA", dict(rank=16, alpha=16), "LoraConfig", dict(r=16, lora_alpha=16)),
+    "DoRA": ("DoRA", dict(rank=16, alpha=16), "LoraConfig", dict(r=16, lora_alpha=16, use_dora=True)),
+    "rsLoRA": ("LoRA", dict(rank=16, alpha=16, rslora=True), "LoraConfig", dict(r=16, lora_alpha=16, use_rslora=True)),
+    "VeRA": ("VeRA", dict(rank=256), "VeraConfig", dict(r=256)),
+    "AdaLoRA": ("AdaLoRA", dict(rank=24, target_rank=16, alpha=16), "AdaLoraConfig",
+                dict(init_r=24, target_r=16, lora_alpha=16, total_step=1000)),
+    "IA3": ("IA3", {}, "IA3Config", dict(feedforward_modules=["down_proj"])),
+    "Bottleneck": ("Bottleneck", {}, None, {}),
 }
 SIDES = ("weft", "unsloth", "peft+liger", "peft")
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -136,7 +151,8 @@ def weft_side(shape: str, fmt: str, memory: float, kind: str, method: str, devic
     if kind != "full":
         assert attention.use(model), attention.reason(model)
     torch.manual_seed(0)
-    made = getattr(weft, method)(rank=RANK, alpha=RANK, **({"target_parameters": EXPERTS} if "MoE" in shape else {}))
+    name, settings, _, _ = METHODS[method]
+    made = getattr(weft, name)(**settings, **({"target_parameters": EXPERTS} if "MoE" in shape else {}))
     weft.adapt(model, made)
     model.train()
     parameters = weft.adapters.trainable(model, "default")
@@ -191,7 +207,11 @@ def peft_side(side: str, shape: str, fmt: str, memory: float, kind: str, method:
     model.config.use_cache = False
     torch.manual_seed(0)
     targets = {"target_modules": TARGETS[:4], "target_parameters": list(EXPERTS)} if "MoE" in shape else {"target_modules": TARGETS}
-    config = peft.LoraConfig(r=RANK, lora_alpha=RANK, **targets, task_type="CAUSAL_LM", use_dora=method == "DoRA")
+    if method == "IA3":
+        targets = {"target_modules": ["k_proj", "v_proj", "down_proj"]}  # as its paper has it, and weft
+    _, _, name, settings = METHODS[method]
+    assert name is not None, method
+    config = getattr(peft, name)(**settings, **targets, task_type="CAUSAL_LM")
     model = peft.get_peft_model(model, config).train()
     return peers_step(model, shape, kind)
 
@@ -205,7 +225,7 @@ def unsloth_side(shape: str, fmt: str, memory: float, kind: str, method: str) ->
     )
     model = FastLanguageModel.get_peft_model(
         model, r=RANK, target_modules=TARGETS, lora_alpha=RANK, lora_dropout=0, bias="none", random_state=0, use_dora=method == "DoRA",
-        use_gradient_checkpointing="unsloth" if memory < 0.2 else False,
+        use_rslora=method == "rsLoRA", use_gradient_checkpointing="unsloth" if memory < 0.2 else False,
     )  # fmt: skip
     return peers_step(model.train(), shape, kind)
 
@@ -389,11 +409,15 @@ def main() -> None:
 def able(row: str) -> tuple[str, ...]:
     """Who runs this row. Nobody else multiplies in fp8 or has a point between least memory and most speed; liger's patch is Llama's, and
     where it can be had peft is not measured without it; unsloth trains no factors on fused experts."""
-    shape, fmt, memory, _, _ = ROWS[row]
+    shape, fmt, memory, _, method = ROWS[row]
     if fmt == "fp8" or 0.2 < memory < 1:
+        return ("weft",)
+    if METHODS[method][2] is None:
         return ("weft",)
     if "MoE" in shape:
         return ("weft", "peft")
+    if method not in ("LoRA", "DoRA", "rsLoRA"):
+        return ("weft", "peft+liger")
     return ("weft", "unsloth", "peft") if fmt == "nf4" else ("weft", "unsloth", "peft+liger")
 
 
