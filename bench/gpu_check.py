@@ -214,11 +214,12 @@ def gated_mlp() -> None:
             dh, dS, g, u, Sg, Bg, Su, Bu, A = (t.to(dtype) for t in given)
             c = [None, 1 + torch.rand(width, device=DEVICE)]  # LoRA on gate, DoRA on up
             leaves = [t.requires_grad_() for t in (g, u, Sg, Bg, Su, Bu, A, c[1])]
-            h, S = gated(*leaves[:7], *c)
+            gelu = n % 2 == 0
+            h, S = gated(*leaves[:7], *c, gelu=gelu)
             got = torch.autograd.grad((h, S), leaves, (dh, dS))
             wide = [t.detach().double() for t in leaves]
-            exact = gated_reference(*wide[:6], None, wide[7])
-            dg, du, dBg, dBu, dA, _, dc = gated_backward_reference(dh.double(), dS.double(), *wide[:7], None, wide[7])
+            exact = gated_reference(*wide[:6], None, wide[7], gelu)
+            dg, du, dBg, dBu, dA, _, dc = gated_backward_reference(dh.double(), dS.double(), *wide[:7], None, wide[7], gelu)
             want = (dg, du, dg @ wide[3], dBg, du @ wide[5], dBu, dA, dc)
             worst = max(map(distance, (h, S, *got), (exact, exact @ wide[6].T, *want)))
             check(f"gated MLP {n}×{width}, ranks {ranks}, {dtype}: worst of h, S and 8 gradients", worst, bound)

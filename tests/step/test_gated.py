@@ -19,10 +19,10 @@ from weft.step import gated as step_gated
 from weft.step import loss_sum, prepare
 
 
-@pytest.mark.parametrize(("n", "width", "ranks", "scaled"), [
-    (1, 3, (1, 1, 1), (False, False)), (9, 11, (2, 3, 4), (True, True)), (40, 17, (16, 1, 5), (False, True)),
+@pytest.mark.parametrize(("n", "width", "ranks", "scaled", "gelu"), [
+    (1, 3, (1, 1, 1), (False, False), False), (9, 11, (2, 3, 4), (True, True), True), (40, 17, (16, 1, 5), (False, True), False),
 ])  # fmt: skip
-def test_the_operation_and_its_gradients(n, width, ranks, scaled):
+def test_the_operation_and_its_gradients(n, width, ranks, scaled, gelu):
     torch.manual_seed(n)
     rg, ru, rd = ranks
     shapes = [(n, width), (n, width), (n, rg), (width, rg), (n, ru), (width, ru), (rd, width)]
@@ -30,8 +30,8 @@ def test_the_operation_and_its_gradients(n, width, ranks, scaled):
     c = [torch.randn(width, dtype=torch.float64, requires_grad=True) if there else None for there in scaled]
     g, u, Sg, Bg, Su, Bu, A = given
     gate, up = ((y + S @ B.T) * (1 if k is None else k) for y, S, B, k in ((g, Sg, Bg, c[0]), (u, Su, Bu, c[1])))
-    want = torch.nn.functional.silu(gate) * up
-    h, S = gated(*given, *c)
+    want = (torch.nn.functional.gelu(gate, approximate="tanh") if gelu else torch.nn.functional.silu(gate)) * up
+    h, S = gated(*given, *c, gelu=gelu)
     torch.testing.assert_close(h, want)
     torch.testing.assert_close(S, want @ A.T)
     dh, dS = torch.randn_like(h), torch.randn_like(S)
@@ -61,12 +61,12 @@ def test_which_mlps_are_taken():
     taken = {}
     methods = {"LoRA": weft.LoRA(rank=2), "DoRA": weft.DoRA(rank=2), "attention": weft.LoRA(rank=2, targets=["q_proj", "v_proj"])}
     methods |= {"wide": weft.LoRA(rank=65), "biased": weft.LoRA(rank=2, lora_bias=True), "dropout": weft.LoRA(rank=2, dropout=0.1)}
-    for kind in ("Llama", "Gemma"):  # Gemma's activation is another one
+    for kind in ("Llama", "Gemma", "Nemotron"):  # the last computes something else
         for name, method in methods.items():
             model = build(kind, {}).requires_grad_(False)
             weft.adapt(model, method).train()
             taken[kind, name] = len(step_gated.gated_mlps(model))
-    assert taken.pop(("Llama", "LoRA")) == taken.pop(("Llama", "DoRA")) == 2
+    assert [taken.pop((kind, name)) for kind in ("Llama", "Gemma") for name in ("LoRA", "DoRA")] == [2] * 4
     assert not any(taken.values()), taken
 
 
@@ -77,7 +77,7 @@ def test_what_somebody_touched_is_left_alone(touch):
     weft.adapt(model, weft.Bottleneck(reduction=8, targets=["mlp"]), name="around")  # starts as the identity
     weft.use(model, "maps")
     mlp = model.model.layers[1].mlp
-    assert step_gated.gated_mlps(model) == [model.model.layers[0].mlp, mlp]
+    assert list(step_gated.gated_mlps(model)) == [model.model.layers[0].mlp, mlp]
     if touch == "hook":
         mlp.up_proj.register_forward_hook(lambda *_: None)
     elif touch == "backward hook":
@@ -86,7 +86,7 @@ def test_what_somebody_touched_is_left_alone(touch):
         mlp.gate_proj.forward = mlp.gate_proj.forward
     else:
         weft.use(model, ["maps", "around"])
-    assert step_gated.gated_mlps(model) == ([] if touch == "adapter" else [model.model.layers[0].mlp])
+    assert list(step_gated.gated_mlps(model)) == ([] if touch == "adapter" else [model.model.layers[0].mlp])
 
 
 def test_evaluation_is_the_models_own():
@@ -107,8 +107,9 @@ def test_evaluation_is_the_models_own():
     torch.testing.assert_close(training, found[0], rtol=1e-4, atol=1e-5)
 
 
-def test_a_model_computes_the_same_with_it_and_another_adapter_is_respected():
-    model = build("Llama", {}).requires_grad_(False)
+@pytest.mark.parametrize("kind", ["Llama", "Gemma"])
+def test_a_model_computes_the_same_with_it_and_another_adapter_is_respected(kind):
+    model = build(kind, {}).requires_grad_(False)
     weft.adapt(model, weft.LoRA(rank=3), name="one")
     weft.adapt(model, weft.DoRA(rank=3), name="other")
     weft.adapt(model, weft.LoKr(rank=2), name="third")

@@ -1,15 +1,17 @@
 """The inside of a gated MLP (SwiGLU: Shazeer 2020, arXiv:2002.05202, eq. 6) with LoRA or DoRA on all three of its maps.
 
-    h = silu(c_g (g + S_g B_gᵀ)) ⊙ c_u (u + S_u B_uᵀ)        S = h Aᵀ
+    h = act(c_g (g + S_g B_gᵀ)) ⊙ c_u (u + S_u B_uᵀ)        S = h Aᵀ        act(x) = x σ(p(x))
 
 g and u are what the frozen gate and up make of x, S_g = x A_gᵀ and S_u = x A_uᵀ; LoRA's scales are in the B's; c is DoRA's magnitude over
-the norm, for each output, and there is none with LoRA; S is for down's own B. Written out in plain operations every term of the MLP's width
+the norm, for each output, and there is none with LoRA; S is for down's own B. p(x) = x is SiLU, and p(x) = √(8/π) (x + 0.044715 x³) GELU by
+tanh (Hendrycks & Gimpel 2016, arXiv:1606.08415), as in Gemma. Written out in plain operations every term of the MLP's width
 goes through memory as a tensor of its own, eighteen of them forward and back, and eleven are there at once; here it is ten, and five at
 once. For the backward pass g and u are kept, and no h.
 """
 
 from __future__ import annotations
 
+from math import pi, sqrt
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from weft.kernels.launch import kernels, usable
 
+ROOT, CUBE = sqrt(8 / pi), 0.044715
 Seven = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 Nine = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -31,25 +34,32 @@ def _scaled(z: Tensor, c: Tensor | None) -> Tensor:
     return z if c is None else z * c.to(z.dtype)
 
 
+def _within_sigmoid(x: Tensor, gelu: bool) -> tuple[Tensor, Tensor | float]:
+    """p(x) and its slope."""
+    return (ROOT * (x + CUBE * x**3), ROOT * (1 + 3 * CUBE * x * x)) if gelu else (x, 1.0)
+
+
 def gated_reference(
-    g: Tensor, u: Tensor, Sg: Tensor, Bg: Tensor, Su: Tensor, Bu: Tensor, cg: Tensor | None = None, cu: Tensor | None = None
-) -> Tensor:
+    g: Tensor, u: Tensor, Sg: Tensor, Bg: Tensor, Su: Tensor, Bu: Tensor, cg: Tensor | None = None, cu: Tensor | None = None,
+    gelu: bool = False,
+) -> Tensor:  # fmt: skip
     """h in plain operations, rounded once."""
     gate, up = _scaled(_within(g, Sg, Bg), cg), _scaled(_within(u, Su, Bu), cu)
-    return (gate * torch.sigmoid(gate) * up).to(g.dtype)
+    return (gate * torch.sigmoid(_within_sigmoid(gate, gelu)[0]) * up).to(g.dtype)
 
 
 def gated_backward_reference(
     dh: Tensor, dS: Tensor, g: Tensor, u: Tensor, Sg: Tensor, Bg: Tensor, Su: Tensor, Bu: Tensor, A: Tensor, cg: Tensor | None = None,
-    cu: Tensor | None = None,
+    cu: Tensor | None = None, gelu: bool = False,
 ) -> Seven:  # fmt: skip
     """(dg, du, and the gradients of Bg, Bu, A, cg and cu), rounded once; those of a c that is not there are empty."""
     within, beside = _within(g, Sg, Bg), _within(u, Su, Bu)
     gate, up, wide = _scaled(within, cg), _scaled(beside, cu), within.dtype
     dh = dh.to(wide) + dS.to(wide) @ A.to(wide)
-    sig = torch.sigmoid(gate)
+    p, slope = _within_sigmoid(gate, gelu)
+    sig = torch.sigmoid(p)
     act = gate * sig
-    dgate, dup, h = dh * up * (sig + act * (1 - sig)), dh * act, (act * up).to(g.dtype)
+    dgate, dup, h = dh * up * (sig + act * (1 - sig) * slope), dh * act, (act * up).to(g.dtype)
     dcg, dcu = (g.new_empty(0) if c is None else (d * z).sum(0).to(c.dtype) for c, d, z in ((cg, dgate, within), (cu, dup, beside)))
     dg, du = _scaled(dgate, cg).to(g.dtype), _scaled(dup, cu).to(g.dtype)
     dBg, dBu, dA = dg.T.to(wide) @ Sg.to(wide), du.T.to(wide) @ Su.to(wide), dS.T.to(wide) @ h.to(wide)
@@ -58,41 +68,42 @@ def gated_backward_reference(
 
 @torch.library.custom_op("weft::gated", mutates_args=())
 def _forward(
-    g: Tensor, u: Tensor, Sg: Tensor, Bg: Tensor, Su: Tensor, Bu: Tensor, A: Tensor, cg: Tensor | None, cu: Tensor | None
+    g: Tensor, u: Tensor, Sg: Tensor, Bg: Tensor, Su: Tensor, Bu: Tensor, A: Tensor, cg: Tensor | None, cu: Tensor | None, gelu: bool
 ) -> tuple[Tensor, Tensor]:
     work = kernels("triton_gated").gated_triton if usable(g) else gated_reference
-    h = work(g, u, Sg, Bg, Su, Bu, cg, cu)
+    h = work(g, u, Sg, Bg, Su, Bu, cg, cu, gelu)
     return h, h @ A.T
 
 
 @_forward.register_fake
-def _(g, u, Sg, Bg, Su, Bu, A, cg, cu):  # type: ignore[no-untyped-def]
+def _(g, u, Sg, Bg, Su, Bu, A, cg, cu, gelu):  # type: ignore[no-untyped-def]
     return torch.empty_like(g), g.new_empty(len(g), len(A))
 
 
 @torch.library.custom_op("weft::gated_backward", mutates_args=())
 def _backward(
     dh: Tensor, dS: Tensor, g: Tensor, u: Tensor, Sg: Tensor, Bg: Tensor, Su: Tensor, Bu: Tensor, A: Tensor, cg: Tensor | None,
-    cu: Tensor | None,
+    cu: Tensor | None, gelu: bool,
 ) -> Nine:  # fmt: skip
     work = kernels("triton_gated").gated_backward_triton if usable(g) else gated_backward_reference
-    dg, du, dBg, dBu, dA, dcg, dcu = work(dh.contiguous(), dS.contiguous(), g, u, Sg, Bg, Su, Bu, A, cg, cu)
+    dg, du, dBg, dBu, dA, dcg, dcu = work(dh.contiguous(), dS.contiguous(), g, u, Sg, Bg, Su, Bu, A, cg, cu, gelu)
     return dg, du, dg @ Bg, dBg, du @ Bu, dBu, dA, dcg, dcu
 
 
 @_backward.register_fake
-def _(dh, dS, g, u, Sg, Bg, Su, Bu, A, cg, cu):  # type: ignore[no-untyped-def]
+def _(dh, dS, g, u, Sg, Bg, Su, Bu, A, cg, cu, gelu):  # type: ignore[no-untyped-def]
     return tuple(g.new_empty(0) if t is None else torch.empty_like(t) for t in (g, u, Sg, Bg, Su, Bu, A, cg, cu))
 
 
-def _setup(ctx: Any, inputs: tuple[Tensor | None, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs)
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs[:-1])
+    ctx.gelu = inputs[-1]
 
 
 def _grads(ctx: Any, dh: Tensor, dS: Tensor) -> Any:
     held = ctx.saved_tensors
-    found = _backward(dh, dS, *held)
-    return tuple(None if t is None else d for t, d in zip(held, found, strict=True))
+    found = _backward(dh, dS, *held, ctx.gelu)
+    return *(None if t is None else d for t, d in zip(held, found, strict=True)), None
 
 
 _forward.register_autograd(_grads, setup_context=_setup)
@@ -106,14 +117,15 @@ def _flops(g_shape: Any, u_shape: Any, Sg_shape: Any, Bg_shape: Any, Su_shape: A
 
 
 def gated(
-    g: Tensor, u: Tensor, Sg: Tensor, Bg: Tensor, Su: Tensor, Bu: Tensor, A: Tensor, cg: Tensor | None = None, cu: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+    g: Tensor, u: Tensor, Sg: Tensor, Bg: Tensor, Su: Tensor, Bu: Tensor, A: Tensor, cg: Tensor | None = None, cu: Tensor | None = None,
+    gelu: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(h, S), differentiable in everything; see above.
 
     Args:
         g, u: (..., width). Sg: (..., r), Bg: (width, r) and the like for up, whose rank may be another. A: (r, width).
-        cg, cu: (width,) in fp32, or None for ones.
+        cg, cu: (width,) in fp32, or None for ones. gelu: GELU by tanh in place of SiLU.
     """
     flat = [t.reshape(-1, t.shape[-1]).contiguous() for t in (g, u, Sg, Su)]
-    h, S = _forward(flat[0], flat[1], flat[2], Bg.contiguous(), flat[3], Bu.contiguous(), A.contiguous(), cg, cu)
+    h, S = _forward(flat[0], flat[1], flat[2], Bg.contiguous(), flat[3], Bu.contiguous(), A.contiguous(), cg, cu, gelu)
     return h.view(g.shape), S.view(*g.shape[:-1], -1)

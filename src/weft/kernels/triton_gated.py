@@ -26,9 +26,17 @@ def _rows_of(S, rows, n, r, R: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _within_sigmoid(x, GELU: tl.constexpr):  # type: ignore[no-untyped-def]
+    if GELU:
+        return 1.5957691216057308 * (x + 0.044715 * x * x * x), 1.5957691216057308 * (1 + 0.134145 * x * x)  # √(8/π)
+    else:
+        return x, 1.0
+
+
+@triton.jit
 def _gated(  # type: ignore[no-untyped-def]
     g, u, Sg, Bg, Su, Bu, cg, cu, h, n, width, rg, ru, RG: tl.constexpr, RU: tl.constexpr, CG: tl.constexpr, CU: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
+    GELU: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
@@ -43,14 +51,15 @@ def _gated(  # type: ignore[no-untyped-def]
         gate *= tl.load(cg + columns, mask=columns < width, other=0.0)[None, :]
     if CU:
         up *= tl.load(cu + columns, mask=columns < width, other=0.0)[None, :]
-    tl.store(h + at, (gate * tl.sigmoid(gate) * up).to(h.dtype.element_ty), mask=inside)
+    p, _ = _within_sigmoid(gate, GELU)
+    tl.store(h + at, (gate * tl.sigmoid(p) * up).to(h.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def _gated_backward(  # type: ignore[no-untyped-def]
     dh, dS, g, u, Sg, Bg, Su, Bu, A, cg, cu, dg, du, dBg, dBu, dA, dcg, dcu, n, width, rg, ru, rd, each,
-    RG: tl.constexpr, RU: tl.constexpr, RD: tl.constexpr, CG: tl.constexpr, CU: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    RG: tl.constexpr, RU: tl.constexpr, RD: tl.constexpr, CG: tl.constexpr, CU: tl.constexpr, GELU: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     split = tl.program_id(1).to(tl.int64)
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
@@ -77,9 +86,10 @@ def _gated_backward(  # type: ignore[no-untyped-def]
         d = tl.load(dh + at, mask=inside, other=0.0).to(tl.float32) + tl.dot(ds, a, input_precision=PRECISION)
         gate = within * scale_g if CG else within
         up = beside * scale_u if CU else beside
-        sig = tl.sigmoid(gate)
+        p, slope = _within_sigmoid(gate, GELU)
+        sig = tl.sigmoid(p)
         act = gate * sig
-        dgate = d * up * (sig + act * (1 - sig))
+        dgate = d * up * (sig + act * (1 - sig) * slope)
         dup = d * act
         if CG:
             sum_cg += tl.sum(dgate * within, 0)
@@ -116,14 +126,14 @@ def _exact(t: Tensor) -> str:
 @on_its_card
 def gated_triton(
     g: Tensor, u: Tensor, Sg: Tensor, Bg: Tensor, Su: Tensor, Bu: Tensor, cg: Tensor | None = None, cu: Tensor | None = None,
-    rows: int = 32, columns: int = 128, warps: int = 8,
+    gelu: bool = False, rows: int = 32, columns: int = 128, warps: int = 8,
 ) -> Tensor:  # fmt: skip
     """As `gated_reference`, in one launch."""
     (n, width), h = g.shape, torch.empty_like(g)
     grid: Any = (-(-width // columns), -(-n // rows))
     _gated[grid](
         g, u, Sg, Bg, Su, Bu, cg, cu, h, n, width, Sg.shape[1], Su.shape[1], RG=_padded(Sg.shape[1]), RU=_padded(Su.shape[1]),
-        CG=cg is not None, CU=cu is not None, ROWS=rows, COLUMNS=columns, PRECISION=_exact(g), num_warps=warps,
+        CG=cg is not None, CU=cu is not None, GELU=gelu, ROWS=rows, COLUMNS=columns, PRECISION=_exact(g), num_warps=warps,
     )  # fmt: skip
     return h
 
@@ -131,7 +141,7 @@ def gated_triton(
 @on_its_card
 def gated_backward_triton(
     dh: Tensor, dS: Tensor, g: Tensor, u: Tensor, Sg: Tensor, Bg: Tensor, Su: Tensor, Bu: Tensor, A: Tensor, cg: Tensor | None = None,
-    cu: Tensor | None = None, rows: int = 32, columns: int = 64, warps: int = 4, splits: int = SPLITS,
+    cu: Tensor | None = None, gelu: bool = False, rows: int = 32, columns: int = 64, warps: int = 4, splits: int = SPLITS,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """As `gated_backward_reference`, in one launch and small sums."""
     n, width = g.shape
@@ -143,8 +153,8 @@ def gated_backward_triton(
     grid: Any = (-(-width // columns), splits)
     _gated_backward[grid](
         dh, dS, g, u, Sg, Bg, Su, Bu, A, cg, cu, dg, du, *parts, *scales, n, width, *ranks, each, RG=_padded(ranks[0]),
-        RU=_padded(ranks[1]), RD=_padded(ranks[2]), CG=cg is not None, CU=cu is not None, ROWS=rows, COLUMNS=columns, PRECISION=_exact(g),
-        num_warps=warps,
+        RU=_padded(ranks[1]), RD=_padded(ranks[2]), CG=cg is not None, CU=cu is not None, GELU=gelu, ROWS=rows, COLUMNS=columns,
+        PRECISION=_exact(g), num_warps=warps,
     )  # fmt: skip
     dBg, dBu, dA, dcg, dcu = (part.sum(0) for part in (*parts, *scales))
     return dg, du, dBg.to(Bg.dtype), dBu.to(Bu.dtype), dA.T.to(A.dtype).contiguous(), dcg, dcu

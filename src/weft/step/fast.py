@@ -58,7 +58,7 @@ class Fast:
     cuda: bool
     unmasked: bool = False  # padded rows go without their attention mask
     narrow: dict[str, QuantLinear] = field(default_factory=dict)  # the layers that multiply in fp8, by path
-    mlps: list[nn.Module] = field(default_factory=list)  # gated ones whose inside is one operation
+    mlps: dict[nn.Module, gated.Way] = field(default_factory=dict)  # gated ones whose inside is one operation, and by what
     said: list[str] = field(default_factory=list)
     compile_seconds: float = 0.0
 
@@ -194,7 +194,7 @@ def _try(
             if fast.compiled and fast.mlps:
                 say(f"gated MLPs are not fused: the step with them {failed}")
                 fast.close()
-                fast.mlps = []
+                fast.mlps = {}
             elif found is None:
                 say(f"the layers run as they are: the step {failed}")
                 fast.compiled = False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Mapping
 from types import MethodType
 from typing import Any, cast
 
@@ -15,13 +16,16 @@ from weft.kernels.keep import keep
 from weft.methods.dora import DecomposedLinear
 from weft.methods.lora_linear import LowRank
 
+Way = Callable[[Any, Tensor], Tensor]
 MAPS = ("gate_proj", "up_proj", "down_proj")
 WIDEST = 64  # rank: the factors of a block of columns and the sums of their gradients stay in registers
 
 
-def gated_mlps(model: nn.Module) -> list[nn.Module]:
-    """The MLPs that compute down(silu(gate(x)) · up(x)) and have LoRA or DoRA on all three maps; found by their names and by trying."""
-    return [m for _, m in modules(model) if {*MAPS, "act_fn"} <= m._modules.keys() and ready(m) and _computes_it(m)]
+def gated_mlps(model: nn.Module) -> dict[nn.Module, Way]:
+    """The MLPs that compute down(act(gate(x)) · up(x)) and have LoRA or DoRA on all three maps, and what stands in for each's forward;
+    found by their names and by trying."""
+    able = (m for _, m in modules(model) if {*MAPS, "act_fn"} <= m._modules.keys() and ready(m))
+    return {m: way for m in able if (way := _way(m)) is not None}
 
 
 def ready(mlp: Any) -> bool:
@@ -38,30 +42,43 @@ def _usual(layer: Any) -> bool:
     return plan.b is None and plan.bias is None and not (plan.dropout and plan.training)
 
 
-def _computes_it(mlp: Any) -> bool:
-    """Whether its own forward is that formula: two tokens, to the last bit. One that somebody hooked or replaced is left alone."""
+def _way(mlp: Any) -> Way | None:
+    """By which of the activations its own forward is that formula: two tokens, to the last bit. One that somebody hooked or replaced is
+    left alone."""
     if any(map(_touched, (mlp, *(mlp._modules[name] for name in MAPS)))):
-        return False
+        return None
     weight = mlp.down_proj.weight
     dtype = weight.dtype if weight.is_floating_point() and weight.itemsize > 1 else mlp.down_proj.dtype
     width = cast(int, mlp.gate_proj.in_features)
     x = torch.linspace(-2, 2, 2 * width, device=weight.device).to(dtype).view(1, 2, width)
     with torch.no_grad():
-        return torch.equal(mlp(x), mlp.down_proj(F.silu(mlp.gate_proj(x)) * mlp.up_proj(x)))
+        own, gate, up = mlp(x), mlp.gate_proj(x), mlp.up_proj(x)
+        ways = ((with_silu, F.silu(gate)), (with_gelu, F.gelu(gate, approximate="tanh")))
+        return next((way for way, act in ways if torch.equal(own, mlp.down_proj(act * up))), None)
 
 
 def _touched(m: Any) -> bool:
     return "forward" in vars(m) or bool(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks)
 
 
-def forward(self: Any, x: Tensor) -> Tensor:
-    """What stands in for the MLP's own forward in training; evaluation, where DoRA keeps its norms, goes by its own."""
+def with_silu(self: Any, x: Tensor) -> Tensor:
+    """What stands in for the MLP's own forward, with self for the MLP."""
+    return _forward(self, x, gelu=False)
+
+
+def with_gelu(self: Any, x: Tensor) -> Tensor:
+    """The same with GELU by tanh."""
+    return _forward(self, x, gelu=True)
+
+
+def _forward(self: Any, x: Tensor, gelu: bool) -> Tensor:
+    """In training; evaluation, where DoRA keeps its norms, goes by the MLP's own."""
     if not (torch.is_grad_enabled() and ready(self)):  # another adapter may have come to work since
         return type(self).forward(self, x)  # type: ignore[no-any-return]
     g, u = self.gate_proj.frozen(x), self.up_proj.frozen(x)
     (Ag, Bg, cg), (Au, Bu, cu), (Ad, Bd, cd) = (_factors(self._modules[name], g.dtype) for name in MAPS)
     Sg, Su = F.linear(x, torch.cat((Ag, Au))).split((len(Ag), len(Au)), -1)  # x is read once for both, and its gradient written once
-    h, S = gated(g, u, Sg, Bg, Su, Bu, Ad, cg, cu)
+    h, S = gated(g, u, Sg, Bg, Su, Bu, Ad, cg, cu, gelu)
     y = cast(Tensor, self.down_proj.frozen(h) + F.linear(keep(S), Bd))
     return y if cd is None else (y * cd).to(y.dtype)
 
@@ -73,11 +90,11 @@ def _factors(layer: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | N
     return plan.A.to(dtype), (plan.scale * plan.B).to(dtype), c
 
 
-def install(mlps: list[nn.Module]) -> None:
-    for mlp in mlps:
-        mlp.forward = MethodType(forward, mlp)  # one function for all, so that all layers share one compiled graph
+def install(mlps: Mapping[nn.Module, Way]) -> None:
+    for mlp, way in mlps.items():
+        mlp.forward = MethodType(way, mlp)  # one function for all of a kind, so that all layers share one compiled graph
 
 
-def uninstall(mlps: list[nn.Module]) -> None:
+def uninstall(mlps: Iterable[nn.Module]) -> None:
     for mlp in mlps:
         vars(mlp).pop("forward", None)
