@@ -1,6 +1,7 @@
 """Every fast path against its twin, on a GPU. CI has none: whoever touches kernels/, quant/, train/ or step/ runs and commits it.
 
-    python bench/gpu_check.py [PART ...]      (about ten minutes, most of them for compiling in fast_step, which comes last)
+    python bench/gpu_check.py [PART ...]      (about eight minutes, most of them for compiling in fast_step, which comes last)
+    python bench/gpu_check.py --join a.json b.json      (parts that were run on several cards)
 
 Needs a CUDA device and pytest. Fresh random inputs of awkward shapes every time; the bounds are stated beside each figure.
 """
@@ -310,7 +311,8 @@ def tests() -> None:
     """The tests that have a GPU part."""
     root = Path(__file__).parent.parent
     places = ["tests/step/test_attention.py", "tests/step/test_loss.py", "tests/train/test_flat.py", "tests/train/test_cuda.py"]
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *places]
+    quiet = "ignore:`torch.jit:DeprecationWarning"  # what torch's own modules say of each other on a newer Python
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", quiet, *places]
     environment = os.environ | {"PYTHONPATH": f"{root / 'src'}:{root}"}
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, env=environment)
     closing = (done.stdout.strip().splitlines() or ["no output"])[-1]
