@@ -114,8 +114,7 @@ def test_expert_by_expert_equals_the_whole(
     got, want = model(*given), whole(model.experts, stack, *given)
     assert far(got, want) < 1e-5
     weight = torch.randn(tokens, width)
-    for mine, its in zip(*(gradients(model, y, (x, weights), weight) for y in (got, want)), strict=True):
-        assert far(mine, its) < 1e-4
+    assert furthest(*(gradients(model, y, (x, weights), weight) for y in (got, want))) < 1e-4
 
 
 @settings(max_examples=60, deadline=None)
@@ -139,8 +138,9 @@ def test_grouped_products_equal_the_others(
     if one_by_one_pays(model.experts, x):  # in 4 bits blocks may straddle experts
         ways.append(experts.one_by_one(model.experts, updates, *given))
     near = 1e-4 if dtype == torch.float32 else 0.2  # the ways round elsewhere, and all of them lose what cancels
+    wanted = (x, weights) if dtype == torch.float32 else (x,)  # the router's is one number a choice, in which most may cancel
     weight = torch.randn(tokens, width)
-    got, *others = [[y, *gradients(model, y, (x, weights), weight)] for y in ways]
+    got, *others = [[y, *gradients(model, y, wanted, weight)] for y in ways]
     assert all(furthest(got, want) < near for want in others)
 
 

@@ -227,6 +227,17 @@ def test_a_fast_path_that_is_wrong_is_named_and_not_used(monkeypatch):
     assert fast.head is None and "does not agree" in said[0] and "layers.0" in said[0]
 
 
+def test_a_compiler_that_is_wrong_costs_no_more_than_compiling(monkeypatch):
+    model = build("Llama", {}).requires_grad_(False)
+    weft.adapt(model, weft.LoRA(rank=3)).train()
+    monkeypatch.setattr("torch.compile", lambda f, **how: lambda *a, **k: 1.5 * f(*a, **k))
+    said: list[str] = []
+    fast = prepare(model, pad(rows([9, 4])), weft.adapters.trainable(model, "default"), compile=True, say=said.append)
+    fast.close()
+    assert len(said) == 1 and "not compiled" in said[0] and "does not agree" in said[0] and "layers.0" in said[0]
+    assert not fast.compiled and fast.head is not None and fast.unmasked and "self-check" in fast.said[0]
+
+
 def test_pieces_add_up():
     model = build("Llama", {}).requires_grad_(False)
     examples = rows([9, 4, 7, 12, 3])

@@ -169,7 +169,7 @@ def prepare(
 def _try(
     fast: Fast, batch: Batch, parameters: Mapping[str, nn.Parameter], self_check: bool, unchecked: bool, say: Callable[[str], None]
 ) -> None:
-    """Run the micro-batch both ways; what fails, does not fit or does not agree is left out, the fused MLPs before all of it.
+    """Run the micro-batch both ways. What fails, does not fit or does not agree is left out: fused MLPs first, then compiling, then all.
 
     unchecked: products in fp8 stay, though the plain path did not fit and nothing was held against it.
     """
@@ -195,8 +195,8 @@ def _try(
                 say(f"gated MLPs are not fused: the step with them {failed}")
                 fast.close()
                 fast.mlps = {}
-            elif found is None:
-                say(f"the layers run as they are: the step {failed}")
+            elif fast.compiled:
+                say(f"the layers are not compiled: the step with compiled ones {failed}")
                 fast.compiled = False
             else:
                 say(f"the plain step is used: the fast step {failed}")
