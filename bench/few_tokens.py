@@ -5,7 +5,7 @@
 Microseconds of a call in bf16, and GB/s of packed bytes read once. Each figure is the median of replays of a CUDA graph that goes through
 copies of the weight which together are larger than the L2 cache, so that every call reads from memory and the host's part is not in it
 (bitsandbytes' calls too); "eager_us" is with it, one call after another. The tables of configurations are what the defaults of
-`weft.kernels.few_tokens_triton`, and `FEW`, are chosen from.
+`weft.kernels.triton_few_tokens`, and `FEW`, are chosen from.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import torch
 from _common import save
 from torch.nn import functional as F
 
-from weft.kernels import few_tokens_triton as triton_side
+from weft.kernels import triton_few_tokens as triton_side
 from weft.kernels.few_tokens import operands_4bit, operands_8bit
 from weft.quant import FORMATS, QuantLinear
 

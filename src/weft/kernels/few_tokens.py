@@ -88,7 +88,7 @@ def operands_8bit(packed: Tensor, scale: Tensor, outputs: int, inputs: int) -> t
 def _launch(x: Tensor, outputs: int, args: tuple[Any, ...], meta: dict[str, Any]) -> Tensor:
     flat = x.reshape(-1, x.shape[-1]).contiguous()
     y = x.new_empty(len(flat), outputs)
-    work = kernels("few_tokens_triton")
+    work = kernels("triton_few_tokens")
     (work.one_token if len(flat) == 1 or x.dtype == torch.float32 else work.few_tokens)(flat, args, y, meta)
     return y.view(*x.shape[:-1], outputs)
 

@@ -38,11 +38,11 @@ class Factors(Adapter):
 
     def start(self, method: LoRA, layer: Any, rank: int) -> None:
         """Make A and B."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} does not say how its factors begin")
 
     def update(self, layer: Any, y: Tensor, x: Tensor, B: Tensor) -> Tensor:
         """y + s · B A x; may write into y."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} does not say what it adds")
 
     def product(self) -> tuple[Tensor, Tensor]:
         """The A and B of the plain LoRA that adds the same, at this scale. What is computed from factors, and what a file holds."""

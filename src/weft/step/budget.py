@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch._functorch.config as aot
 from torch import Tensor, fx
+from torch._functorch.partitioners import estimate_runtime
 from torch._inductor.custom_graph_pass import CustomRuntimeEstimator, get_hash_for_files
 
 FLOPS, BYTES = 7e14, 3e12  # a second, of an H100; only their ratio matters, and that is much the same on other cards
@@ -22,8 +23,6 @@ class Takes(CustomRuntimeEstimator):  # type: ignore[misc]
     def __call__(self, node: fx.Node) -> float:
         if node.target is torch.ops.weft.keep.default:
             return self(_maker(node.args[0]))
-        from torch._functorch.partitioners import estimate_runtime
-
         with aot.patch(activation_memory_budget_runtime_estimator="flops"):
             flops = estimate_runtime(node)
         return max(flops / FLOPS, (sum(map(_bytes, node.all_input_nodes)) + _bytes(node)) / BYTES)

@@ -35,7 +35,7 @@ from weft.step.routing import each, routed
 
 logger = logging.getLogger("weft")
 Memory = float | int | str  # "auto", a share (0 to 1), or bytes
-LEVELS = (1.0, 0.5, 0.3, 0.1, 0.0)  # share of the activations kept; below RECOMPUTE: each layer's input alone; 0: nothing on the card
+LEVELS = (1.0, 0.5, 0.3, 0.1, 0.0)  # share of the activations kept; below RECOMPUTE: little but each layer's input; 0: nothing on the card
 RECOMPUTE = 0.2
 MOST = 0.99  # of the compiler's budget: below 1 it makes again what no matrix product is needed for, for 0.4% of an 8B step's time,
 LEAN = 0.67  # and then keeps this share (25 GB of 37)
