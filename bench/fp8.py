@@ -4,8 +4,9 @@
 
 Gradients: those of one batch on the embedded base stored in fp8, by fp8 products and by bf16 products of the decoded weights, each
 against fp32 arithmetic on the same decoded weights. Runs: LoRA on this repository's own text, the same batches and seeds on a bf16 base
-in bf16 and on an fp8 base with fp8 products; their losses by windows of 50 steps, and on held-out text. The 1B shape has random weights.
-Needs a CUDA device with fp8 units.
+in bf16 and on an fp8 base with fp8 products; their losses by windows of 50 steps, and on held-out text. A third run is the first one
+without a compiler: it rounds elsewhere and differs in nothing else, so it says how far apart two runs drift that are both right. The 1B
+shape has random weights. Needs a CUDA device with fp8 units.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ from weft.step.fp8 import narrowable
 from weft.train import EvalConfig, Recipe, TrainConfig
 
 ROOT, WINDOW, TOKENS = Path(__file__).parent.parent, 50, 2048
+CONTROL = "bf16 not compiled"
+KINDS = ("bf16", "fp8", CONTROL)
 
 
 def texts(folder: Path) -> tuple[Path, Path]:
@@ -79,8 +82,9 @@ def gradients(train: Path) -> dict[str, Any]:
     return found
 
 
-def run(shape: str, base: str, steps: int, train: Path, held: Path, folder: Path) -> list[dict[str, float]]:
-    """One run's log."""
+def run(shape: str, kind: str, steps: int, train: Path, held: Path, folder: Path) -> list[dict[str, float]]:
+    """One run's log. kind: one of KINDS."""
+    base = kind.split()[0]
     tokenizer = weft.load_tokenizer("embedded")
     if shape == "embedded":
         model = weft.load_base("embedded", base=base, device="cuda")
@@ -96,8 +100,9 @@ def run(shape: str, base: str, steps: int, train: Path, held: Path, folder: Path
         if base == "fp8":
             quantise_(model, "fp8")
     recipe = Recipe(
-        method=weft.LoRA(rank=16, alpha=32), data=DataConfig(train=str(train), eval=str(held)), output=str(folder / f"{shape}-{base}"),
-        train=TrainConfig(lr=1e-3, steps=steps, tokens=TOKENS, log_every=1, device="cuda", progress="off", fp8=base == "fp8"),
+        method=weft.LoRA(rank=16, alpha=32), data=DataConfig(train=str(train), eval=str(held)), output=str(folder / f"{shape}-{kind}"),
+        train=TrainConfig(lr=1e-3, steps=steps, tokens=TOKENS, log_every=1, device="cuda", progress="off", fp8=base == "fp8",
+                          compile=False if kind == CONTROL else None),
         eval=EvalConfig(start=False, train_rows=0),
     )  # fmt: skip
     return weft.fit(model, recipe, tokenizer=tokenizer, on_event=tell).history
@@ -118,15 +123,17 @@ def main() -> None:
         train, held = texts(folder)
         result: dict[str, Any] = {"gradients": gradients(train), "steps": args.steps, "tokens_a_step": TOKENS, "runs": {}}
         for shape in args.shapes:
-            logs = {base: run(shape, base, args.steps, train, held, folder) for base in ("bf16", "fp8")}
+            logs = {kind: run(shape, kind, args.steps, train, held, folder) for kind in KINDS}
             means, ends = {}, {}
-            for base, log in logs.items():
+            for kind, log in logs.items():
                 losses = [line["loss"] for line in log if "loss" in line]
-                means[base] = [statistics.mean(losses[i : i + WINDOW]) for i in range(0, len(losses), WINDOW)]
-                ends[base] = next(line["eval_loss"] for line in reversed(log) if "eval_loss" in line)
-            apart_by = [b / a - 1 for a, b in zip(means["bf16"], means["fp8"], strict=True)]
-            result["runs"][shape] = {"windows": means, "held_out": ends, "largest_difference": max(apart_by, key=abs),
-                                     "last_difference": apart_by[-1], "held_out_difference": ends["fp8"] / ends["bf16"] - 1}  # fmt: skip
+                means[kind] = [statistics.mean(losses[i : i + WINDOW]) for i in range(0, len(losses), WINDOW)]
+                ends[kind] = next(line["eval_loss"] for line in reversed(log) if "eval_loss" in line)
+            result["runs"][shape] = {"windows": means, "held_out": ends}
+            for kind, prefix in (("fp8", ""), (CONTROL, "control_")):
+                apart_by = [b / a - 1 for a, b in zip(means["bf16"], means[kind], strict=True)]
+                result["runs"][shape] |= {f"{prefix}largest_difference": max(apart_by, key=abs), f"{prefix}last_difference": apart_by[-1],
+                                          f"{prefix}held_out_difference": ends[kind] / ends["bf16"] - 1}  # fmt: skip
             print(json.dumps(result["runs"][shape]), flush=True)
             save("fp8", result)
 
