@@ -31,6 +31,7 @@ from weft.data import DataConfig, demo, load_rows, pack, pad, prepare
 from weft.data.batches import filled
 from weft.kernels.fp8_gemm import can_fp8, fp8_linear, fp8_product_reference, quantise_rows, transposed
 from weft.kernels.gated import gated, gated_backward_reference, gated_reference
+from weft.kernels.launch import kernels
 from weft.kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
 from weft.kernels.low_rank import low_rank_add, low_rank_add_reference
 from weft.models import attention
@@ -224,6 +225,16 @@ def gated_mlp() -> None:
             want = (dg, du, dg @ wide[3], dBg, du @ wide[5], dBu, dA, dc)
             worst = max(map(distance, (h, S, *got), (exact, exact @ wide[6].T, *want)))
             check(f"gated MLP {n}×{width}, ranks {ranks}, {dtype}: worst of h, S and 8 gradients", worst, bound)
+            wider = [torch.cat((t, torch.full_like(t[:, :5], torch.nan)), 1)[:, : t.shape[1]] for t in (dh, dS, g, u, Sg, Su)]
+            dh_, dS_, g_, u_, Sg_, Su_ = (t.detach() for t in wider)
+            room = torch.full((n, 2 * width + 16), torch.nan, device=DEVICE, dtype=dtype)
+            dg_, du_ = room[:, 8 : width + 8], room[:, width + 8 : 2 * width + 8]
+            work, factors = kernels("triton_gated"), (Sg_, Bg.detach(), Su_, Bu.detach())
+            back = work.gated_backward_triton(dh_, dS_, g_, u_, *factors, A.detach(), None, wide[7].float(), gelu, dg=dg_, du=du_)
+            found = (work.gated_triton(g_, u_, *factors, None, wide[7].float(), gelu), *back[:5], back[6])
+            worst = max(map(distance, found, (exact, dg, du, dBg, dBu, dA, dc)))
+            check(f"gated MLP {n}×{width}, ranks {ranks}, {dtype}: in columns of wider tensors", worst, bound)
+            check("  what lies beside them is left alone", abs(int(room.isnan().sum()) - 16 * n), 0)
 
 
 def fused_loss() -> None:

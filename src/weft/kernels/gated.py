@@ -34,6 +34,10 @@ def _scaled(z: Tensor, c: Tensor | None) -> Tensor:
     return z if c is None else z * c.to(z.dtype)
 
 
+def _into(place: Tensor | None, t: Tensor) -> Tensor:
+    return t if place is None else place.copy_(t)
+
+
 def _within_sigmoid(x: Tensor, gelu: bool) -> tuple[Tensor, Tensor | float]:
     """p(x) and its slope."""
     return (ROOT * (x + CUBE * x**3), ROOT * (1 + 3 * CUBE * x * x)) if gelu else (x, 1.0)
@@ -50,9 +54,10 @@ def gated_reference(
 
 def gated_backward_reference(
     dh: Tensor, dS: Tensor, g: Tensor, u: Tensor, Sg: Tensor, Bg: Tensor, Su: Tensor, Bu: Tensor, A: Tensor, cg: Tensor | None = None,
-    cu: Tensor | None = None, gelu: bool = False,
+    cu: Tensor | None = None, gelu: bool = False, dg: Tensor | None = None, du: Tensor | None = None,
 ) -> Seven:  # fmt: skip
-    """(dg, du, and the gradients of Bg, Bu, A, cg and cu), rounded once; those of a c that is not there are empty."""
+    """(dg, du, and the gradients of Bg, Bu, A, cg and cu), rounded once; those of a c that is not there are empty. A dg or du that is given
+    is written into."""
     within, beside = _within(g, Sg, Bg), _within(u, Su, Bu)
     gate, up, wide = _scaled(within, cg), _scaled(beside, cu), within.dtype
     dh = dh.to(wide) + dS.to(wide) @ A.to(wide)
@@ -61,7 +66,7 @@ def gated_backward_reference(
     act = gate * sig
     dgate, dup, h = dh * up * (sig + act * (1 - sig) * slope), dh * act, (act * up).to(g.dtype)
     dcg, dcu = (g.new_empty(0) if c is None else (d * z).sum(0).to(c.dtype) for c, d, z in ((cg, dgate, within), (cu, dup, beside)))
-    dg, du = _scaled(dgate, cg).to(g.dtype), _scaled(dup, cu).to(g.dtype)
+    dg, du = _into(dg, _scaled(dgate, cg).to(g.dtype)), _into(du, _scaled(dup, cu).to(g.dtype))
     dBg, dBu, dA = dg.T.to(wide) @ Sg.to(wide), du.T.to(wide) @ Su.to(wide), dS.T.to(wide) @ h.to(wide)
     return dg, du, dBg.to(Bg.dtype), dBu.to(Bu.dtype), dA.to(A.dtype), dcg, dcu
 

@@ -1,7 +1,8 @@
 """The Triton kernels of `weft.kernels.gated`, imported when they are needed.
 
 The ranks' axis is padded to what a matrix unit takes (16 at least). What is summed over tokens is summed by SPLITS programs a block of
-columns, each over its own tokens and in order, and then over those: no atomics, so a run can be repeated bit for bit.
+columns, each over its own tokens and in order, and then over those: no atomics, so a run can be repeated bit for bit. What has a row for
+each token may be columns of a wider tensor (last stride 1), each with its own distance from row to row, `*_row`.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ SPLITS = 16
 
 
 @triton.jit
-def _rows_of(S, rows, n, r, R: tl.constexpr):  # type: ignore[no-untyped-def]
+def _rows_of(S, rows, n, r, row, R: tl.constexpr):  # type: ignore[no-untyped-def]
     k = tl.arange(0, R)
-    return tl.load(S + rows[:, None] * r + k[None, :], mask=(rows < n)[:, None] & (k < r)[None, :], other=0.0)
+    return tl.load(S + rows[:, None] * row + k[None, :], mask=(rows < n)[:, None] & (k < r)[None, :], other=0.0)
 
 
 @triton.jit
@@ -35,36 +36,35 @@ def _within_sigmoid(x, GELU: tl.constexpr):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _gated(  # type: ignore[no-untyped-def]
-    g, u, Sg, Bg, Su, Bu, cg, cu, h, n, width, rg, ru, RG: tl.constexpr, RU: tl.constexpr, CG: tl.constexpr, CU: tl.constexpr,
-    GELU: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
+    g, u, Sg, Bg, Su, Bu, cg, cu, h, n, width, rg, ru, g_row, u_row, sg_row, su_row, RG: tl.constexpr, RU: tl.constexpr, CG: tl.constexpr,
+    CU: tl.constexpr, GELU: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     inside = (rows < n)[:, None] & (columns < width)[None, :]
-    at = rows[:, None] * width + columns[None, :]
-    gate = tl.load(g + at, mask=inside, other=0.0).to(tl.float32)
-    up = tl.load(u + at, mask=inside, other=0.0).to(tl.float32)
-    bg, bu = _rows_of(Bg, columns, width, rg, RG), _rows_of(Bu, columns, width, ru, RU)
-    gate += tl.dot(_rows_of(Sg, rows, n, rg, RG), tl.trans(bg), input_precision=PRECISION)
-    up += tl.dot(_rows_of(Su, rows, n, ru, RU), tl.trans(bu), input_precision=PRECISION)
+    gate = tl.load(g + (rows[:, None] * g_row + columns[None, :]), mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(u + (rows[:, None] * u_row + columns[None, :]), mask=inside, other=0.0).to(tl.float32)
+    bg, bu = _rows_of(Bg, columns, width, rg, rg, RG), _rows_of(Bu, columns, width, ru, ru, RU)
+    gate += tl.dot(_rows_of(Sg, rows, n, rg, sg_row, RG), tl.trans(bg), input_precision=PRECISION)
+    up += tl.dot(_rows_of(Su, rows, n, ru, su_row, RU), tl.trans(bu), input_precision=PRECISION)
     if CG:
         gate *= tl.load(cg + columns, mask=columns < width, other=0.0)[None, :]
     if CU:
         up *= tl.load(cu + columns, mask=columns < width, other=0.0)[None, :]
     p, _ = _within_sigmoid(gate, GELU)
-    tl.store(h + at, (gate * tl.sigmoid(p) * up).to(h.dtype.element_ty), mask=inside)
+    tl.store(h + (rows[:, None] * width + columns[None, :]), (gate * tl.sigmoid(p) * up).to(h.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def _gated_backward(  # type: ignore[no-untyped-def]
     dh, dS, g, u, Sg, Bg, Su, Bu, A, cg, cu, dg, du, dBg, dBu, dA, dcg, dcu, n, width, rg, ru, rd, each,
-    RG: tl.constexpr, RU: tl.constexpr, RD: tl.constexpr, CG: tl.constexpr, CU: tl.constexpr, GELU: tl.constexpr, ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
+    dh_row, ds_row, g_row, u_row, sg_row, su_row, dg_row, du_row, RG: tl.constexpr, RU: tl.constexpr, RD: tl.constexpr, CG: tl.constexpr,
+    CU: tl.constexpr, GELU: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     split = tl.program_id(1).to(tl.int64)
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     here = columns < width
-    bg, bu = tl.trans(_rows_of(Bg, columns, width, rg, RG)), tl.trans(_rows_of(Bu, columns, width, ru, RU))
+    bg, bu = tl.trans(_rows_of(Bg, columns, width, rg, rg, RG)), tl.trans(_rows_of(Bu, columns, width, ru, ru, RU))
     k = tl.arange(0, RD)
     a = tl.load(A + k[:, None] * width + columns[None, :], mask=(k < rd)[:, None] & here[None, :], other=0.0)
     sum_g = tl.zeros((COLUMNS, RG), tl.float32)
@@ -79,11 +79,11 @@ def _gated_backward(  # type: ignore[no-untyped-def]
     for start in range(0, each, ROWS):
         rows = split * each + start + tl.arange(0, ROWS)
         inside = (rows < n)[:, None] & here[None, :]
-        at = rows[:, None] * width + columns[None, :]
-        sg, su, ds = _rows_of(Sg, rows, n, rg, RG), _rows_of(Su, rows, n, ru, RU), _rows_of(dS, rows, n, rd, RD)
-        within = tl.load(g + at, mask=inside, other=0.0).to(tl.float32) + tl.dot(sg, bg, input_precision=PRECISION)
-        beside = tl.load(u + at, mask=inside, other=0.0).to(tl.float32) + tl.dot(su, bu, input_precision=PRECISION)
-        d = tl.load(dh + at, mask=inside, other=0.0).to(tl.float32) + tl.dot(ds, a, input_precision=PRECISION)
+        down, across = rows[:, None], columns[None, :]
+        sg, su, ds = _rows_of(Sg, rows, n, rg, sg_row, RG), _rows_of(Su, rows, n, ru, su_row, RU), _rows_of(dS, rows, n, rd, ds_row, RD)
+        within = tl.load(g + (down * g_row + across), mask=inside, other=0.0).to(tl.float32) + tl.dot(sg, bg, input_precision=PRECISION)
+        beside = tl.load(u + (down * u_row + across), mask=inside, other=0.0).to(tl.float32) + tl.dot(su, bu, input_precision=PRECISION)
+        d = tl.load(dh + (down * dh_row + across), mask=inside, other=0.0).to(tl.float32) + tl.dot(ds, a, input_precision=PRECISION)
         gate = within * scale_g if CG else within
         up = beside * scale_u if CU else beside
         p, slope = _within_sigmoid(gate, GELU)
@@ -99,8 +99,8 @@ def _gated_backward(  # type: ignore[no-untyped-def]
             dup *= scale_u
         dgate = dgate.to(dg.dtype.element_ty)
         dup = dup.to(dg.dtype.element_ty)
-        tl.store(dg + at, dgate, mask=inside)
-        tl.store(du + at, dup, mask=inside)
+        tl.store(dg + (down * dg_row + across), dgate, mask=inside)
+        tl.store(du + (down * du_row + across), dup, mask=inside)
         sum_g += tl.dot(tl.trans(dgate), sg, input_precision=PRECISION)
         sum_u += tl.dot(tl.trans(dup), su, input_precision=PRECISION)
         sum_a += tl.dot(tl.trans((act * up).to(dg.dtype.element_ty)), ds, input_precision=PRECISION)
@@ -128,12 +128,14 @@ def gated_triton(
     g: Tensor, u: Tensor, Sg: Tensor, Bg: Tensor, Su: Tensor, Bu: Tensor, cg: Tensor | None = None, cu: Tensor | None = None,
     gelu: bool = False, rows: int = 32, columns: int = 128, warps: int = 8,
 ) -> Tensor:  # fmt: skip
-    """As `gated_reference`, in one launch."""
-    (n, width), h = g.shape, torch.empty_like(g)
+    """As `gated_reference`, in one launch. g, u, Sg and Su may be columns of wider tensors."""
+    n, width = g.shape
+    h = g.new_empty(n, width)
     grid: Any = (-(-width // columns), -(-n // rows))
     _gated[grid](
-        g, u, Sg, Bg, Su, Bu, cg, cu, h, n, width, Sg.shape[1], Su.shape[1], RG=_padded(Sg.shape[1]), RU=_padded(Su.shape[1]),
-        CG=cg is not None, CU=cu is not None, GELU=gelu, ROWS=rows, COLUMNS=columns, PRECISION=_exact(g), num_warps=warps,
+        g, u, Sg, Bg, Su, Bu, cg, cu, h, n, width, Sg.shape[1], Su.shape[1], *(t.stride(0) for t in (g, u, Sg, Su)),
+        RG=_padded(Sg.shape[1]), RU=_padded(Su.shape[1]), CG=cg is not None, CU=cu is not None, GELU=gelu, ROWS=rows, COLUMNS=columns,
+        PRECISION=_exact(g), num_warps=warps,
     )  # fmt: skip
     return h
 
@@ -141,20 +143,21 @@ def gated_triton(
 @on_its_card
 def gated_backward_triton(
     dh: Tensor, dS: Tensor, g: Tensor, u: Tensor, Sg: Tensor, Bg: Tensor, Su: Tensor, Bu: Tensor, A: Tensor, cg: Tensor | None = None,
-    cu: Tensor | None = None, gelu: bool = False, rows: int = 32, columns: int = 64, warps: int = 4, splits: int = SPLITS,
+    cu: Tensor | None = None, gelu: bool = False, dg: Tensor | None = None, du: Tensor | None = None, rows: int = 32, columns: int = 64,
+    warps: int = 4, splits: int = SPLITS,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """As `gated_backward_reference`, in one launch and small sums."""
+    """As `gated_backward_reference`, in one launch and small sums. dh, dS, g, u, Sg, Su, dg and du may be columns of wider tensors."""
     n, width = g.shape
-    dg, du = torch.empty_like(g), torch.empty_like(u)
+    dg, du = (g.new_empty(n, width) if d is None else d for d in (dg, du))
     ranks = Sg.shape[1], Su.shape[1], dS.shape[1]
     parts = [g.new_empty(splits, width, r, dtype=torch.float32) for r in ranks]
     scales = [g.new_empty(splits, 0 if c is None else width, dtype=torch.float32) for c in (cg, cu)]
     each = -(-n // (splits * rows)) * rows
     grid: Any = (-(-width // columns), splits)
     _gated_backward[grid](
-        dh, dS, g, u, Sg, Bg, Su, Bu, A, cg, cu, dg, du, *parts, *scales, n, width, *ranks, each, RG=_padded(ranks[0]),
-        RU=_padded(ranks[1]), RD=_padded(ranks[2]), CG=cg is not None, CU=cu is not None, GELU=gelu, ROWS=rows, COLUMNS=columns,
-        PRECISION=_exact(g), num_warps=warps,
+        dh, dS, g, u, Sg, Bg, Su, Bu, A, cg, cu, dg, du, *parts, *scales, n, width, *ranks, each,
+        *(t.stride(0) for t in (dh, dS, g, u, Sg, Su, dg, du)), RG=_padded(ranks[0]), RU=_padded(ranks[1]), RD=_padded(ranks[2]),
+        CG=cg is not None, CU=cu is not None, GELU=gelu, ROWS=rows, COLUMNS=columns, PRECISION=_exact(g), num_warps=warps,
     )  # fmt: skip
     dBg, dBu, dA, dcg, dcu = (part.sum(0) for part in (*parts, *scales))
     return dg, du, dBg.to(Bg.dtype), dBu.to(Bu.dtype), dA.T.to(A.dtype).contiguous(), dcg, dcu
