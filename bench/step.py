@@ -3,8 +3,9 @@
     python bench/step.py [--device cuda] [--threads 2]
 
 Two kinds of work: chat rows whose prompts bear no loss (weft packs them and runs the head for answers only; peft gets the usual padded
-batch of the same rows and transformers' own loss), and full rows in which every token bears loss (the same batch for both). Peak memory
-is the allocator's on CUDA and the process's on a CPU, where each side is measured in a process of its own.
+batch of the same rows and transformers' own loss), and full rows in which every token bears loss (the same batch for both). The base is
+in fp32 on a CPU and in bf16 on a card. Peak memory is the allocator's on CUDA and the process's on a CPU, where each side is measured
+in a process of its own.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ def weft_step(batch: Any, device: str) -> Any:
     from weft.train.flat import AdamW, Flat
 
     torch.manual_seed(0)
-    model = weft.load_base("embedded", base="fp32", device=device)
+    model = weft.load_base("embedded", base="fp32" if device == "cpu" else "bf16", device=device)
     attention.use(model)
     weft.adapt(model, weft.LoRA(rank=RANK, alpha=16)).train()
     parameters = weft.adapters.trainable(model, "default")
@@ -93,7 +94,7 @@ def peft_step(batch: dict[str, Any], device: str) -> Any:
 
     torch.manual_seed(0)
     config = peft.LoraConfig(r=RANK, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
-    model = peft.get_peft_model(weft.load_base("embedded", base="fp32", device=device), config).train()
+    model = peft.get_peft_model(weft.load_base("embedded", base="fp32" if device == "cpu" else "bf16", device=device), config).train()
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(parameters, lr=LR, weight_decay=0.0, fused=True)
     batch = {k: v.to(device) for k, v in batch.items()}

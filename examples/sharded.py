@@ -2,8 +2,8 @@
 
     torchrun --nproc-per-node 2 examples/sharded.py [steps] [folder]
 
-On CPUs by gloo, or on as many CUDA cards by NCCL. The base is the small one in the package and the task one of the demo's, so nothing is
-downloaded.
+On CPUs by gloo, or on as many CUDA cards by NCCL. Needs torch 2.13 (2.11's FSDP2 refuses parameters of whole numbers). The base is the
+small one in the package and the task one of the demo's, so nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from weft.step import loss_sum
 
 
 def main(steps: int, folder: Path) -> None:
+    if torch.__version__ < "2.12":  # "only Tensors of floating point dtype can require gradients"
+        raise SystemExit(f"torch {torch.__version__} cannot shard a packed base; torch 2.13 can")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
