@@ -117,7 +117,8 @@ def _streamed(
     shards = Shards(folder)
     stored, plain = packed.find(shards, method)
     dtype = BASES.get(kind) or computing(torch.bfloat16, place)
-    state: dict[str, Any] = {key: Lazy(partial(shards.read, key, place.type == "cuda")) for key in plain}
+    card = place.type == "cuda"
+    state: dict[str, Any] = {key: Lazy(partial(shards.read, key, card)) for key in plain}
     state |= {key: Lazy(partial(what.numbers, dtype)) for key, what in stored.items()}
     keep = kind == "auto" or (kind in {s.base for s in stored.values()} and not options)
     kinds = sorted({s.base for s in stored.values() if s.base in writable()}) or ["nf4"]
@@ -139,8 +140,10 @@ def _streamed(
     def pack(key: str, value: Tensor) -> tuple[str, dict[str, Tensor]]:
         if keep and key in stored:
             return stored[key].base, {k: t.to(place) for k, t in stored[key].tensors().items()}
-        base = kinds[0] if keep else kind
-        return base, format_of(base).pack(value.to(place, non_blocking=True), name=key, **options)
+        base, there = kinds[0] if keep else kind, value.to(place, non_blocking=True)
+        if card:  # the CPU has looked already
+            shards.check(key, there)
+        return base, format_of(base).pack(there, name=key, **options)
 
     try:
         with _quiet(str(folder)):
@@ -159,7 +162,11 @@ def _streamed(
     model.name_or_path = model.config._name_or_path = source
     if (folder / "generation_config.json").is_file():
         model.generation_config = transformers.GenerationConfig.from_pretrained(folder, local_files_only=True)
-    return model.to(place).eval().requires_grad_(False)
+    model.to(place)
+    if card:
+        for key, value in model.named_parameters():
+            shards.check(key, value)
+    return model.eval().requires_grad_(False)
 
 
 def _raw_config(source: str) -> dict[str, Any]:
