@@ -204,6 +204,9 @@ def install(layers: list[nn.Module], compile: bool, varying: bool, recompute: in
         aot.activation_memory_budget = budget
         aot.activation_memory_budget_runtime_estimator = import_module("weft.step.budget").Takes()  # only now: it imports the compiler
         aot.is_non_builtin_to_include = True  # our own operations are weighed like torch's
+        # The cache of whole graphs passes by what holds an autograd Function, such as a packed layer's product. It need not: the compiler
+        # has traced both its passes by then, and they are part of the key.
+        aot.autograd_cache_allow_custom_autograd_functions = True
         torch._dynamo.reset()  # graphs of another budget
         torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)  # kinds of layer, modes, ranks
         # Where shapes vary every float (a scale, an epsilon) would be an input, as a tensor on the CPU: C++ to build in a card's graph.
@@ -215,5 +218,6 @@ def install(layers: list[nn.Module], compile: bool, varying: bool, recompute: in
 
 def uninstall(layers: list[nn.Module]) -> None:
     aot.activation_memory_budget, aot.activation_memory_budget_runtime_estimator, aot.is_non_builtin_to_include = 1.0, "flops", False
+    aot.autograd_cache_allow_custom_autograd_functions = False
     for layer in layers:
         layer._compiled_call_impl = None
