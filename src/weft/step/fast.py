@@ -26,7 +26,7 @@ from weft.core import WeftError, features, is_linear, modules
 from weft.kernels.launch import usable
 from weft.kernels.scratch import release
 from weft.quant import QuantLinear
-from weft.step import gated
+from weft.step import early, gated
 from weft.step.check import bounds, differences, measure, pieces, stirred
 from weft.step.fp8 import BOUND, narrowable, watched
 from weft.step.loss import Batch, fusible, loss_sum, loss_sums, unmaskable
@@ -144,11 +144,12 @@ def prepare(
         if compiled and usable(batch.input_ids):
             fast.mlps = gated.gated_mlps(model)
     if compiled:
-        warm()
+        warm(device)
     if self_check if fp8 is None else fp8:
         fast.narrow = narrowable(model)
         if fp8 and not fast.narrow:
             say("no product can be in fp8 here (that takes base: fp8, and a card with fp8 units): they are computed from decoded weights")
+    compiling = early.launch(fast.mlps, head, batch.input_ids) if compiled and cuda else None
     if not fast.compiled and fast.head is None and not fast.unmasked and not fast.narrow:
         fast.install(fast.level)
         return fast
@@ -163,6 +164,8 @@ def prepare(
         raise
     finally:
         model.train(training)
+        if compiling is not None:
+            compiling.join()
     return fast
 
 
@@ -229,25 +232,32 @@ def _pass(
 
 
 def _plain(
-    fast: Fast, batch: Batch, parameters: Mapping[str, nn.Parameter], say: Callable[[str], None]
+    fast: Fast, batch: Batch, parameters: Mapping[str, nn.Parameter], say: Callable[[str], None], keep: bool = True
 ) -> tuple[float, dict[str, Tensor]] | None:
-    """The micro-batch with nothing compiled and by the operations' references, in pieces and layer by layer so that it fits.
+    """The micro-batch with nothing compiled and by the operations' references, in pieces, and layer by layer so that it fits.
+
+    keep: not layer by layer where a piece needs no more than the step.
 
     Meanwhile each product that would be in fp8 is held against the plain one; those that are too far off lose it.
     """
+    keeps = keep and fast.level >= 1 and batch.input_ids.numel() >= 4 * CHECKED  # a piece takes less than the step will, then
     if fast.layers and fast.cuda:
-        install(fast.layers, False, fast.varying, len(fast.layers), False, 1.0)
+        install(fast.layers, False, fast.varying, 0 if keeps else len(fast.layers), False, 1.0)
+    found = None
     try:
         with watched(list(fast.narrow.values())) as apart:
             plainly = partial(loss_sum, fast.model, head=fast.head, plain=True)
             found = measure(fast.model, pieces(batch, CHECKED), plainly, parameters)
     except torch.OutOfMemoryError:
         _clear(parameters)
-        say("the self-check was left out: the plain path does not fit into the memory")
-        return None
     finally:
         uninstall(fast.layers)
         release()
+    if found is None and keeps:
+        return _plain(fast, batch, parameters, say, keep=False)
+    if found is None:
+        say("the self-check was left out: the plain path does not fit into the memory")
+        return None
     fast.narrow = {path: m for path, m in fast.narrow.items() if id(m) in apart}  # what this batch never reached is not known to be right
     far = {path: apart[id(m)] for path, m in fast.narrow.items() if not apart[id(m)] <= BOUND}
     if far:

@@ -47,14 +47,19 @@ def _way(mlp: Any) -> Way | None:
     left alone."""
     if any(map(_touched, (mlp, *(mlp._modules[name] for name in MAPS)))):
         return None
-    weight = mlp.down_proj.weight
-    dtype = weight.dtype if weight.is_floating_point() and weight.itemsize > 1 else mlp.down_proj.dtype
     width = cast(int, mlp.gate_proj.in_features)
-    x = torch.linspace(-2, 2, 2 * width, device=weight.device).to(dtype).view(1, 2, width)
+    x = torch.linspace(-2, 2, 2 * width, device=mlp.down_proj.weight.device).to(dtype_of(mlp)).view(1, 2, width)
     with torch.no_grad():
         own, gate, up = mlp(x), mlp.gate_proj(x), mlp.up_proj(x)
         ways = ((with_silu, F.silu(gate)), (with_gelu, F.gelu(gate, approximate="tanh")))
         return next((way for way, act in ways if torch.equal(own, mlp.down_proj(act * up))), None)
+
+
+def dtype_of(mlp: Any) -> torch.dtype:
+    """That of its weights as numbers."""
+    weight = mlp.down_proj.weight
+    dtype: torch.dtype = weight.dtype if weight.is_floating_point() and weight.itemsize > 1 else mlp.down_proj.dtype
+    return dtype
 
 
 def _touched(m: Any) -> bool:

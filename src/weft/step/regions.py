@@ -173,19 +173,28 @@ class Offload:
 
 
 @cache
-def warm() -> Thread:
+def warm(device: torch.device | None = None) -> Thread:
     """Begin in the background to import the compiler and to start its workers: seconds that the first step need not wait for.
 
     Join it before compiling: two threads that import parts of one package can each meet the other's half.
+    device: where the model is, once that is known: what the compiler makes ready for a device, too.
     """
 
     def begin() -> None:
         try:
+            if device is not None:
+                warm().join()
+                joint_graph = import_module("torch._inductor.fx_passes.joint_graph")
+                joint_graph.lazy_init(device)  # reads its patterns: half a second
+                return
             import_module("torch._inductor.compile_fx")
             from torch._inductor.async_compile import AsyncCompile
+            from torch._inductor.runtime.triton_compat import HAS_TRITON, triton_key
 
             AsyncCompile.warm_pool()
             AsyncCompile.wakeup()
+            if HAS_TRITON:
+                triton_key()  # reads all of Triton: it is part of the caches' keys
         except Exception:  # such as a process that ends meanwhile; whoever compiles imports it again, and meets what is wrong
             logger.debug("the compiler was not warmed up", exc_info=True)
 
@@ -200,7 +209,7 @@ def install(layers: list[nn.Module], compile: bool, varying: bool, recompute: in
     budget: share of the activations that a compiled layer keeps (1: all but what is cheap to make again).
     """
     if compile:
-        warm().join()
+        warm(next(layers[0].parameters()).device).join()
         aot.activation_memory_budget = budget
         aot.activation_memory_budget_runtime_estimator = import_module("weft.step.budget").Takes()  # only now: it imports the compiler
         aot.is_non_builtin_to_include = True  # our own operations are weighed like torch's
