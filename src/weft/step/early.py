@@ -27,7 +27,8 @@ def launch(mlps: Mapping[nn.Module, Way], head: nn.Linear | None, ids: Tensor) -
     def begin() -> None:
         try:
             # The thread that runs backward passes on this card has the plain one to do.
-            with torch.cuda.device(ids.device if ids.is_cuda else None), torch.autograd.set_multithreading_enabled(False):
+            here = torch.cuda.device_of(ids)  # type: ignore[no-untyped-call]
+            with here, torch.autograd.set_multithreading_enabled(False):
                 for mlp, way in kinds.values():
                     _mlp(mlp, way, few, ids.device)
                 if head is not None:
