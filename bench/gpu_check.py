@@ -1,6 +1,6 @@
 """Every fast path against its twin, on a GPU. CI has none: whoever touches kernels/, quant/, train/ or step/ runs and commits it.
 
-    python bench/gpu_check.py [PART ...]      (about eight minutes, most of them for compiling in fast_step, which comes last)
+    python bench/gpu_check.py [PART ...]      (about eleven minutes, most of them for compiling in graphs and fast_step, which come last)
     python bench/gpu_check.py --join a.json b.json      (parts that were run on several cards)
 
 Needs a CUDA device and pytest. Fresh random inputs of awkward shapes every time; the bounds are stated beside each figure.
@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import torch
 from _common import save
 from _gpu_experts import check_experts
+from _gpu_graphs import check_graphs
 
 import weft
 from weft.adapters import attached
@@ -302,6 +303,11 @@ def fast_step() -> None:
             fast.close()
 
 
+def graphs() -> None:
+    """Layers as CUDA graphs against the same layers one by one: ten steps of training, time and memory."""
+    check_graphs(check, distance)
+
+
 def training() -> None:
     """Twenty steps on the GPU against twenty on the CPU, in fp32."""
     tokenizer, losses = weft.load_tokenizer("embedded"), {}
@@ -333,7 +339,7 @@ def tests() -> None:
     CHECKS.append({"what": f"pytest {' '.join(places)}: {closing}", "error": None, "bound": None, "ok": done.returncode == 0})
 
 
-PARTS = (low_rank, quantised, few_tokens, gated_mlp, fused_loss, fp8, adapters, experts, packed, training, tests, fast_step)
+PARTS = (low_rank, quantised, few_tokens, gated_mlp, fused_loss, fp8, adapters, experts, packed, training, tests, graphs, fast_step)
 
 
 def join(files: list[Path]) -> int:

@@ -113,16 +113,17 @@ def peft_step(batch: dict[str, Any], device: str) -> Any:
 def alone(side: str, kind: str, device: str, threads: int) -> dict[str, float]:
     """Peak memory of twenty steps in a process of its own, over what it had before the first."""
     import weft
+    from weft.step import peak_memory, reset_peak_memory
 
     torch.set_num_threads(threads)
     ours, theirs = data(kind, weft.load_tokenizer("embedded"))
     step = weft_step(ours, device) if side == "weft" else peft_step(theirs, device)
     if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
+        reset_peak_memory(torch.device("cuda"))
     else:
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     losses = [step() for _ in range(20)]
-    peak = torch.cuda.max_memory_allocated() / 2**20 if device == "cuda" else _resident_peak()
+    peak = peak_memory(torch.device("cuda")) / 2**20 if device == "cuda" else _resident_peak()
     return {"peak_mib": peak, "first_loss": losses[0], "last_loss": losses[-1]}
 
 

@@ -28,6 +28,7 @@ from safetensors.torch import load_file
 import weft
 from train import SHAPES, base
 from weft.data import DataConfig, demo
+from weft.step import peak_memory, reset_peak_memory
 from weft.train import EvalConfig, Recipe, Result, TrainConfig
 
 LENGTH = 256  # tokens of a row of random words
@@ -97,7 +98,7 @@ def main() -> None:
             if weft.adapters.names(model):
                 weft.remove(model)
             if cuda:
-                torch.cuda.reset_peak_memory_stats()
+                reset_peak_memory(torch.device("cuda"))
             start = time.perf_counter()
             if way == "together":
                 results[way] = weft.fit_together(model, recipes(data, folder, args), tokenizer=tokenizer, on_event=told)
@@ -110,7 +111,7 @@ def main() -> None:
             result[way] = {"seconds": seconds, "tokens_per_s": speed}
             if cuda:
                 waited = [line.get("host_gap", 0.0) for r in results[way][: 1 if way == "together" else None] for line in r.history]
-                result[way] |= {"peak_bytes": torch.cuda.max_memory_allocated(), "card_waited_s": sum(waited)}
+                result[way] |= {"peak_bytes": peak_memory(torch.device("cuda")), "card_waited_s": sum(waited)}
             print(way, result[way], flush=True)
         weights, losses = [], []
         for i, pair in enumerate(zip(*results.values(), strict=True)):

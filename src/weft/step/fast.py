@@ -1,6 +1,7 @@
 """The fast path of a training step, chosen here and nowhere else.
 
     compiled layers         each repeated layer is one graph (CUDA)
+    CUDA graphs             the host launches all layers at once, each way
     gated MLPs              what lies between their products is one operation each way, where all three have LoRA or DoRA
     no logits               the head and the loss are one operation, a slice of tokens at a time
     no mask                 padded rows go without one where a token never looks right, which is where padding is
@@ -18,17 +19,20 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
+from threading import Thread
 
 import torch
 from torch import Tensor, nn
 
-from weft.core import WeftError, features, is_linear, modules
+from weft.core import Adapter, WeftError, features, is_linear, modules
 from weft.kernels.launch import usable
 from weft.kernels.scratch import release
 from weft.quant import QuantLinear
 from weft.step import early, gated
+from weft.step.capture import able
 from weft.step.check import bounds, differences, measure, pieces, stirred
 from weft.step.fp8 import BOUND, narrowable, watched
+from weft.step.graph import Chain
 from weft.step.loss import Batch, fusible, loss_sum, loss_sums, unmaskable
 from weft.step.regions import install, repeated, uninstall, warm
 from weft.step.routing import each, routed
@@ -42,6 +46,7 @@ LEAN = 0.67  # and then keeps this share (25 GB of 37)
 THIN = 0.01  # what a layer keeps that is made again: its input, and the thin products of its adapters (weft.step.budget)
 AWAY = 0.2  # level 0 keeps this share in the host's memory: what PCIe 5 moves while a layer of an 8-billion Llama works
 CHECKED = 2048  # tokens of a piece of the self-check's plain pass, which forms more at once than the fast one
+PASSES = 2  # of the checked micro-batch after the one that compiles: its layers are captured and replayed, and replayed once more
 SPARE = 0.88  # of what is free may be planned for: the allocator cuts memory into pieces, and kernels want workspaces
 
 
@@ -59,6 +64,10 @@ class Fast:
     unmasked: bool = False  # padded rows go without their attention mask
     narrow: dict[str, QuantLinear] = field(default_factory=dict)  # the layers that multiply in fp8, by path
     mlps: dict[nn.Module, gated.Way] = field(default_factory=dict)  # gated ones whose inside is one operation, and by what
+    graphs: bool = False  # compiled layers run as CUDA graphs, where that can be; gradients are then those of `backward()` alone
+    insist: bool = False  # also where these leave little memory
+    chain: Chain | None = None
+    ahead: Thread | None = None  # compiles kernels while the plain pass works
     said: list[str] = field(default_factory=list)
     compile_seconds: float = 0.0
 
@@ -86,17 +95,29 @@ class Fast:
             layer.narrow = True
         if self.compiled:
             gated.install(self.mlps)
+        if self.graphs and self.compiled and not offload:
+            self.chain = Chain(self.insist)
         if self.compiled or recompute:
-            install(self.layers, self.compiled, self.varying, recompute, offload, share)
+            install(self.layers, self.compiled, self.varying, recompute, offload, share, self.chain)
+
+    @property
+    def captured(self) -> bool:
+        """Whether layers do run as CUDA graphs."""
+        return self.chain is not None and bool(self.chain.graphs)
 
     def close(self) -> None:
         uninstall(self.layers)
+        if self.chain is not None:
+            self.chain.stop("the fast path is closed")
+            self.chain = None
         gated.uninstall(self.mlps)
         for layer in narrowable(self.model, everywhere=True).values():
             layer.narrow = False
 
     def describe(self) -> str:
         parts = [f"{len(self.layers)} layers compiled" if self.compiled else "layers as they are"]
+        if self.captured:
+            parts[0] += ", as CUDA graphs"
         if self.compiled and self.mlps:
             parts.append(f"{len(self.mlps)} gated MLPs fused")
         if self.narrow:
@@ -115,7 +136,8 @@ class Fast:
 
 def prepare(
     model: nn.Module, batch: Batch, parameters: Mapping[str, nn.Parameter], *, memory: Memory = "auto", compile: bool | None = None,
-    fp8: bool | None = None, varying: bool = True, self_check: bool = True, say: Callable[[str], None] = logger.warning,
+    fp8: bool | None = None, graphs: bool | None = None, varying: bool = True, self_check: bool = True,
+    say: Callable[[str], None] = logger.warning,
 ) -> Fast:  # fmt: skip
     """Choose the fast path for this model and try it on a micro-batch.
 
@@ -127,6 +149,8 @@ def prepare(
         compile: None: on CUDA. varying: batches differ in shape.
         fp8: multiply in fp8 in the layers that an fp8 base stores so, where the device has such units; None: with the self-check, which
             holds each of those products against the plain one.
+        graphs: run compiled layers as CUDA graphs, one for each direction; True: also where their memory, which stays reserved between
+            steps, leaves little of the card or of the bytes in `memory`; None: where it does not. Gradients then come by `backward()`.
         self_check: compare with the plain path. say: where a fall-back is told.
     Raises:
         WeftError: the micro-batch does not fit even with the least memory; a memory setting of no sense.
@@ -149,7 +173,7 @@ def prepare(
         fast.narrow = narrowable(model)
         if fp8 and not fast.narrow:
             say("no product can be in fp8 here (that takes base: fp8, and a card with fp8 units): they are computed from decoded weights")
-    compiling = early.launch(fast.mlps, head, batch.input_ids) if compiled and cuda else None
+    fast.ahead = early.launch(fast.mlps, head, batch.input_ids) if compiled and cuda else None
     if not fast.compiled and fast.head is None and not fast.unmasked and not fast.narrow:
         fast.install(fast.level)
         return fast
@@ -157,6 +181,11 @@ def prepare(
     training = model.training
     if random:  # two passes would draw different masks
         model.eval()
+    if graphs is not False and compiled:
+        why = _one_by_one(model, batch, random)
+        fast.graphs, fast.insist = not why and (bool(graphs) or isinstance(memory, str) or memory <= 1), bool(graphs)
+        if graphs and why:
+            say(f"the layers do not run as CUDA graphs: {why}")
     try:
         _try(fast, batch, parameters, self_check, bool(fp8), say)
     except BaseException:
@@ -164,15 +193,15 @@ def prepare(
         raise
     finally:
         model.train(training)
-        if compiling is not None:
-            compiling.join()
+        if fast.ahead is not None:
+            fast.ahead.join()
     return fast
 
 
 def _try(
     fast: Fast, batch: Batch, parameters: Mapping[str, nn.Parameter], self_check: bool, unchecked: bool, say: Callable[[str], None]
 ) -> None:
-    """Run the micro-batch both ways. What fails, does not fit or does not agree is left out: fused MLPs first, then compiling, then all.
+    """Run the micro-batch both ways. What fails, does not fit or does not agree is left out: CUDA graphs, fused MLPs, compiling, all.
 
     unchecked: products in fp8 stay, though the plain path did not fit and nothing was held against it.
     """
@@ -194,7 +223,10 @@ def _try(
                     fast.said.append(f"self-check ({kind}): {agreed}")
             if not failed:
                 break
-            if fast.compiled and fast.mlps:
+            if fast.chain is not None and fast.chain.known and not fast.chain.why:
+                say(f"the layers do not run as CUDA graphs: the step with them {failed}")
+                fast.graphs = False
+            elif fast.compiled and fast.mlps:
                 say(f"gated MLPs are not fused: the step with them {failed}")
                 fast.close()
                 fast.mlps = {}
@@ -215,7 +247,13 @@ def _pass(
     """(loss and gradients of the micro-batch at the highest level of memory that fits, why there are none)."""
     while True:
         try:
-            return measure(fast.model, [batch], fast.loss, parameters), ""
+            found = measure(fast.model, [batch], fast.loss, parameters)
+            for _ in range(PASSES):
+                if fast.chain is not None and not fast.chain.why:  # what counts is what the graphs give
+                    if fast.ahead is not None:
+                        fast.ahead.join()  # its nodes that add gradients would be in the way of a capture
+                    found = measure(fast.model, [batch], fast.loss, parameters)
+            return found, ""
         except torch.OutOfMemoryError:
             pass  # what it holds goes with the exception, before the next try
         except Exception as e:  # a compiler's failure has many types; the plain path is right, only slower
@@ -281,9 +319,26 @@ def _active_dropout(model: nn.Module) -> bool:
     """Whether two passes of the model in training mode would differ."""
     for module in model.modules():
         rates = [getattr(module, name, 0.0) for name in ("p", "dropout", "attention_dropout")]
+        if isinstance(module, Adapter):
+            rates += [rate for name, rate in vars(getattr(module, "method", module)).items() if "dropout" in name]
         if any(isinstance(r, float) and r > 0 for r in rates):
             return True
     return False
+
+
+def _one_by_one(model: nn.Module, batch: Batch, random: bool) -> str:
+    """Why the layers cannot be launched at once, or nothing. What only a pass can tell, `Chain` finds out."""
+    if not able(batch.input_ids.device):
+        return "that takes a CUDA device"
+    if random:
+        return "there is dropout, whose masks differ from pass to pass"
+    if batch.owners:
+        return "several adapters train, and whose rows are where changes from batch to batch"
+    if getattr(model, "plan", None) is not None:  # a prefix's keys, where an ALoRA begins
+        return "an adapter of the whole model hands its layers more than they are called with"
+    if any(getattr(m, "gradient_checkpointing", False) for m in model.modules()):
+        return "the model recomputes its layers by itself (gradient checkpointing)"
+    return ""
 
 
 def _level(batch: Batch, memory: Memory, layers: list[nn.Module], compiled: bool) -> float:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from weft.core import base_class
+from weft.step.graph import Chain
 
 logger = logging.getLogger("weft")
 
@@ -51,15 +52,22 @@ class Region:
         compile: compile it; `varying`: batches differ in shape, so the graph must not depend on it.
         recompute: keep only the layer's input and run the whole layer again in the backward pass.
         offload: keep what the layer keeps in the host's memory meanwhile.
+        chain: all layers may run at once, as CUDA graphs.
     """
 
-    def __init__(self, layer: nn.Module, compile: bool, varying: bool, recompute: bool, offload: Offload | None) -> None:
-        self.layer, self.compile, self.recompute, self.offload = layer, compile, recompute, offload
+    def __init__(
+        self, layer: nn.Module, compile: bool, varying: bool, recompute: bool, offload: Offload | None, chain: Chain | None = None
+    ) -> None:
+        self.layer, self.compile, self.recompute, self.offload, self.chain = layer, compile, recompute, offload, chain
         self.run: Callable[..., Any] = torch.compile(layer._call_impl, dynamic=varying) if compile else layer._call_impl
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():  # evaluation: its shapes are others, and compiling for a forward alone does not pay
             return self.layer._call_impl(*args, **kwargs)
+        return self.now(*args, **kwargs) if self.chain is None else self.chain(self, args, kwargs)
+
+    def now(self, *args: Any, **kwargs: Any) -> Any:
+        """The layer by itself."""
         x = args[0] if args else None
         if isinstance(x, Tensor) and x.is_floating_point() and not x.requires_grad:
             # The first layer's input needs no gradient; saying that it does costs one product and spares compiling a second graph.
@@ -203,7 +211,9 @@ def warm(device: torch.device | None = None) -> Thread:
     return thread
 
 
-def install(layers: list[nn.Module], compile: bool, varying: bool, recompute: int, offload: bool, budget: float) -> None:
+def install(
+    layers: list[nn.Module], compile: bool, varying: bool, recompute: int, offload: bool, budget: float, chain: Chain | None = None
+) -> None:
     """Give the layers their regions; the first `recompute` of them are recomputed.
 
     budget: share of the activations that a compiled layer keeps (1: all but what is cheap to make again).
@@ -222,7 +232,10 @@ def install(layers: list[nn.Module], compile: bool, varying: bool, recompute: in
         torch._dynamo.config.specialize_float = True
     away = Offload() if offload else None
     for i, layer in enumerate(layers):
-        layer._compiled_call_impl = Region(layer, compile, varying, i < recompute, away)
+        region = Region(layer, compile, varying, i < recompute, away, chain)
+        layer._compiled_call_impl = region
+        if chain is not None:
+            chain.regions.append(region)
 
 
 def uninstall(layers: list[nn.Module]) -> None:

@@ -22,6 +22,7 @@ def train(run: Run) -> None:
             part = run.fast.loss(batch.to(run.device)) / targets
             part.backward()
             loss += part.detach()
+            del part  # with its graph: nothing of a pass may be left when the next one's layers are captured
         update(run, group, loss)
 
 

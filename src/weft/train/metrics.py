@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from weft.core import WeftError
+from weft.step import peak_memory
 from weft.train.checkpoint import full_disk
 
 
@@ -71,9 +72,9 @@ def _tensorboard(folder: Path, step: int, wanted: str) -> Any:
 
 
 def memory(device: torch.device) -> int:
-    """Bytes: the CUDA allocator's peak, or on a CPU what the process holds now (its peak where the system does not tell)."""
+    """Bytes: the peak on a card, or on a CPU what the process holds now (its peak where the system does not tell)."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+        return peak_memory(device)
     try:
         return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
     except OSError:  # not Linux

@@ -75,6 +75,9 @@ class TrainConfig:
     again in the backward pass) to 1 (most speed); or the bytes that the process may use on the card."""
     compile: bool | None = None
     """Compile the repeated layers. Null: on CUDA, where it takes some ten seconds once."""
+    graphs: bool | None = None
+    """Launch all compiled layers at once, as CUDA graphs: small models otherwise wait for the host. Their memory stays reserved between
+    steps. Null: where that leaves as much of the card free again and `memory` is no number of bytes. True: also where it does not."""
     fp8: bool | None = None
     """Multiply in fp8, forward and backward, in the frozen layers of an fp8 base (`base: fp8`) on a card that has such units. The
     self-check holds each product against the plain one, and layers that are too far off decode. Null: yes, if there is a self-check."""

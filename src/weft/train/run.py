@@ -132,7 +132,7 @@ class Run:
         largest = max(first, key=lambda b: b.input_ids.numel())
         self.fast = prepare(
             self.model, largest.to(self.device), self.parameters, memory=c.memory, compile=c.compile, fp8=c.fp8,
-            varying=len(shapes) > 1, self_check=c.self_check, say=self.warn,
+            graphs=c.graphs, varying=len(shapes) > 1, self_check=c.self_check, say=self.warn,
         )  # fmt: skip
         for line in (self.fast.describe(), *self.fast.said):
             self.tell({"event": "note", "text": line})

@@ -1,0 +1,296 @@
+"""The chain of layers as two CUDA graphs, one for the forward and one for the backward pass: the host launches each with one call.
+
+A small model's kernels are over sooner than the host has launched them: 0.6 billion parameters at 8192 tokens have 78 ms of kernels in a
+step of 115 on an H100, 8 billion 482 in 495.
+
+The first pass is watched: the layers are a chain if each is given the very tensor that the one before it returned. From then on a pass is
+only noted, layer by layer, until the last layer's call: by then all that the layers were given is known. The first pass of a kind (shapes,
+types and whatever else is no tensor) runs layer by layer, which compiles; the second is captured; it and later ones are replayed. In the
+place of an intermediate result the model gets NaN, so that one that looks at it is wrong for all to see, the self-check first.
+
+What a graph holds are addresses: of the parameters and their gradients, into which a backward pass adds, and of static copies of what the
+layers are given. Everything that python decides on the way is frozen in it, so facts that may change (`Chain._facts`) are compared first.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from weft.core import Site, Slot, WeftError
+from weft.step.capture import Card, Graphs, Unfit
+
+if TYPE_CHECKING:
+    from weft.step.regions import Region
+
+logger = logging.getLogger("weft")
+Call = tuple[tuple[Any, ...], dict[str, Any]]  # what a layer is given besides the hidden states
+KINDS = 4  # of passes that are captured: each takes a second once, and static copies of what it is given; padded rows come in many shapes
+CHANGES = 3  # of the facts after a capture, and no more are made: somebody changes them in every step
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device)
+
+
+class Pass:
+    """One pass through the layers; lives as long as its autograd graph. waits: a replayed one's backward pass is still to come."""
+
+    waits = False
+
+
+class Chain:
+    """What the regions of all layers share.
+
+    Args:
+        insist: have graphs also where their memory leaves the card little else (`weft.step.capture`).
+    """
+
+    def __init__(self, insist: bool = False) -> None:
+        self.insist = insist
+        self.regions: list[Region] = []
+        self.why = ""  # why there are no graphs, once that is known
+        self.known = False  # that it is a chain
+        self.x: Tensor | None = None  # what the first layer was given in the pass under way
+        self.next: Tensor | None = None  # what the next layer is to be given
+        self.calls: list[Call] = []
+        self.modules: list[nn.Module] = []
+        self.held: list[Tensor] = []  # parameters and buffers
+        self.facts: Any = None
+        self.seen: set[Any] = set()  # kinds of passes that ran layer by layer under these facts
+        self.graphs: dict[Any, Graphs] = {}
+        self.alive: WeakSet[Pass] = WeakSet()
+        self.card: Card | None = None
+        self.changes = 0
+
+    def __call__(self, region: Region, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """One layer's call."""
+        if self.why:
+            return region.now(*args, **kwargs)
+        x = args[0] if args else None
+        if region is self.regions[0]:  # what an earlier pass left undone is forgotten
+            self.x, self.next, self.calls = x, x, []
+        expected = self.regions[len(self.calls)]
+        if not isinstance(x, Tensor) or x is not self.next or region is not expected:
+            if not self.known:
+                self.stop("the layers do not hand hidden states straight from one to the next")
+            elif isinstance(x, Tensor) and x is self.next:
+                raise WeftError("the model leaves out layers that it went through before: write train.graphs: false")
+            return region.now(*args, **kwargs)
+        if not self.known:
+            out = region.now(*args, **kwargs)
+        else:
+            out = x if self.calls else x.new_full((), torch.nan).expand(x.shape)
+        if type(out) is not Tensor or (out.shape, out.dtype, out.device) != (x.shape, x.dtype, x.device):
+            self.stop("a layer returns something else than hidden states like those that it is given")
+            return out
+        self.next = out
+        self.calls.append((args[1:], kwargs))
+        if len(self.calls) < len(self.regions):
+            return out
+        first, calls, self.x, self.next, self.calls = self.x, self.calls, None, None, []
+        assert first is not None
+        if self.known:
+            return self._pass(first, calls)
+        self._watched(first, calls)
+        return self._marked(out, Pass())
+
+    def stop(self, why: str) -> None:
+        """No graphs from here on."""
+        if not self.why:
+            self.why = why
+            logger.info("the layers do not run as CUDA graphs: %s", why)
+        self.x, self.next, self.calls = None, None, []
+        self.drop()
+
+    def drop(self) -> None:
+        """Give the graphs and their memory back; others may be captured."""
+        self.seen.clear()
+        if self.card is not None:
+            self.card.close(self.graphs)
+            self.card = None
+
+    # ---- one pass ----
+
+    def _watched(self, x: Tensor, calls: list[Call]) -> None:
+        """It is a chain."""
+        self.modules = [m for region in self.regions for m in region.layer.modules() if not isinstance(m, Slot)]
+        held = (t for region in self.regions for t in (*region.layer.parameters(), *region.layer.buffers()))
+        self.held = list({id(t): t for t in held}.values())
+        if hooked := next((m for m in self.modules if _hooked(m)), None):
+            self.stop(f"there are hooks in the layers ({type(hooked).__name__})")
+        self.known = True
+        self._ready(x, calls)
+
+    def _pass(self, x: Tensor, calls: list[Call]) -> Tensor:
+        graphs = self._ready(x, calls)
+        if graphs is None:
+            return self._marked(self._layers(x, calls), Pass())
+        wanted, this = x.requires_grad, Pass()
+        given = x if wanted else x.detach().requires_grad_()
+        out: Tensor = _Replayed.apply(given, graphs, _tensors(calls), this, wanted)  # type: ignore[no-untyped-call]
+        return self._marked(out, this)
+
+    def _layers(self, x: Tensor, calls: list[Call]) -> Tensor:
+        for region, (args, kwargs) in zip(self.regions, calls, strict=True):
+            x = region.now(x, *args, **kwargs)
+        return x
+
+    def _marked(self, out: Tensor, this: Pass) -> Tensor:
+        if out.grad_fn is not None:
+            out.grad_fn.metadata["weft"] = this  # type: ignore[index]
+            self.alive.add(this)
+        return out
+
+    def _ready(self, x: Tensor, calls: list[Call]) -> Graphs | None:
+        """The graphs of a pass of this kind; None if it has to run layer by layer."""
+        try:
+            key = x.requires_grad, _like(x), _kind(calls, x.device, {})
+        except Unfit as e:
+            self.stop(str(e))
+        if self.why or torch.is_autocast_enabled(x.device.type) or any(_hooked(region.layer) for region in self.regions):
+            return None
+        if (facts := self._facts()) != self.facts:
+            self.changes += bool(self.graphs)
+            self.facts = facts
+            self.drop()
+            if self.changes > CHANGES:
+                self.stop("what the layers are made of changes again and again (parameters, adapters or modes)")
+                return None
+        if key in self.graphs:  # a backward pass that is still to come reads what a replay writes over
+            return None if any(p.waits for p in self.alive) else self.graphs[key]
+        # Of an earlier pass nothing may be left: its nodes that add gradients are of its stream, which is not the one that is captured.
+        if key in self.seen and not self.alive and len(self.graphs) < KINDS:
+            return self._captured(key, x, calls)
+        self.seen.add(key)
+        return None
+
+    def _captured(self, key: Any, x: Tensor, calls: list[Call]) -> Graphs | None:
+        self.card = self.card or Card(x.device, self.insist)
+        trained = [t for t in self.held if t.requires_grad]
+        fresh = [t for t in trained if t.grad is None]
+        for t in fresh:  # an address to add to; and the kernel that adds is loaded before the capture
+            t.grad = torch.zeros_like(t)
+            t.grad.add_(t.grad)
+        before, why = [_version(t) for t in trained], ""
+        try:
+            given = _static(x).requires_grad_()
+            still = {id(t): _static(t) for t in _tensors(calls)}
+            layers = partial(self._layers, given, _each(calls, lambda t: still[id(t)]))
+            made = self.card.capture(layers, given, list(still.values()))
+            made.sums = [(t, t.grad) for t, was in zip(trained, before, strict=True) if t.grad is not None and _version(t) != was]
+            self.graphs[key] = made
+        except Unfit as e:
+            why = str(e)
+        except Exception as e:  # of many types: what layers, compiler or driver cannot do in a capture
+            why = f"capturing them failed ({type(e).__name__}: {str(e).strip()[:300]})"
+            logger.warning("the layers run one by one and not as CUDA graphs: %s", why)
+            logger.debug("the capture that failed", exc_info=True)
+        added = {id(t) for graphs in self.graphs.values() for t, _ in graphs.sums}
+        for t in fresh:
+            if id(t) not in added:
+                t.grad = None
+        if why:  # only now: what the exception held is gone
+            self.stop(why)
+        return self.graphs.get(key)
+
+    def _facts(self) -> Any:
+        """What the layers' python goes by, where parameters lie, and whether a frozen one was written to."""
+        return (
+            [m.training for m in self.modules],
+            [vars(m).get("plan") for m in self.modules if isinstance(m, Site)],
+            [(t.data_ptr(), t.requires_grad) for t in self.held],
+            [t._version for t in self.held if isinstance(t, nn.Parameter) and not t.requires_grad and not t.is_inference()],
+        )
+
+
+def _version(t: Tensor) -> int:
+    return -1 if t.grad is None else t.grad._version
+
+
+def _hooked(module: nn.Module) -> bool:
+    return any(getattr(module, name) for name in HOOKS)
+
+
+class _Replayed(torch.autograd.Function):
+    """All layers at once, from x to the last one's output."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, graphs: Graphs, tensors: list[Tensor], this: Pass, wanted: bool) -> Tensor:
+        for static, given in zip((graphs.x, *graphs.given), (x, *tensors), strict=True):
+            _whole(static).copy_(_whole(given))
+        graphs.forward()
+        ctx.graphs, ctx.this, ctx.wanted, this.waits = graphs, this, wanted, True
+        return graphs.out.detach()  # the head's backward pass reads it before the next replay writes it
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, None, None]:
+        if not ctx.this.waits:
+            raise RuntimeError("layers that run as CUDA graphs give their gradients once a pass; prepare(..., graphs=False) keeps more")
+        ctx.this.waits = False
+        graphs: Graphs = ctx.graphs
+        # The graph adds to the tensors that were the gradients when it was captured; somebody may have put None in their place since.
+        moved = [(p, g) for p, g in graphs.sums if p.grad is None or p.grad.data_ptr() != g.data_ptr()]
+        for _, g in moved:
+            g.zero_()
+        graphs.grad.copy_(grad)
+        graphs.backward()
+        for p, g in moved:
+            p.grad = g if p.grad is None else p.grad + g
+        # A copy: whoever keeps the gradient keeps it beyond the next replay.
+        return graphs.dx.clone() if ctx.wanted and graphs.dx is not None else None, None, None, None, None
+
+
+# ---- what a layer is given besides the hidden states ----
+
+
+def _like(t: Tensor) -> Any:
+    return t.shape, t.stride(), t.dtype, t.device
+
+
+def _kind(value: Any, device: torch.device, places: dict[int, int]) -> Any:
+    """All of it that a graph freezes, hashable: everything but the numbers in the tensors. Which tensors are one object is part of it."""
+    if isinstance(value, Tensor):
+        if type(value) is not Tensor or value.requires_grad or value.device != device:
+            raise Unfit("a layer is given a tensor that has a gradient, is of a class of its own or lies on another device")
+        return places.setdefault(id(value), len(places)), _like(value)
+    if type(value) in (tuple, list):
+        return type(value), *(_kind(v, device, places) for v in value)
+    if type(value) is dict:
+        return dict, *((k, _kind(v, device, places)) for k, v in value.items())
+    if type(value) in PLAIN:
+        return type(value), value
+    raise Unfit(f"a layer is given an object of which nothing is known ({type(value).__name__})")
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    """Each tensor in it, once, in a fixed order."""
+    found: dict[int, Tensor] = {}
+    _each(value, lambda t: found.setdefault(id(t), t))
+    return list(found.values())
+
+
+def _each(value: Any, do: Callable[[Tensor], Any]) -> Any:
+    if isinstance(value, Tensor):
+        return do(value)
+    if type(value) in (tuple, list):
+        return type(value)(_each(v, do) for v in value)
+    return {k: _each(v, do) for k, v in value.items()} if type(value) is dict else value
+
+
+def _whole(t: Tensor) -> Tensor:
+    """Without the axes along which it is expanded."""
+    return t[tuple(slice(0, 1) if step == 0 else slice(None) for step in t.stride())]
+
+
+def _static(t: Tensor) -> Tensor:
+    """A tensor of its own with the same numbers, shape and strides."""
+    part = _whole(t.detach())
+    made = torch.empty_strided(part.shape, part.stride(), dtype=t.dtype, device=t.device).copy_(part)
+    return made if made.shape == t.shape else made.expand(t.shape)
