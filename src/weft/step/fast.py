@@ -108,7 +108,7 @@ class Fast:
     def close(self) -> None:
         uninstall(self.layers)
         if self.chain is not None:
-            self.chain.stop("the fast path is closed")
+            self.chain.close()
             self.chain = None
         gated.uninstall(self.mlps)
         for layer in narrowable(self.model, everywhere=True).values():

@@ -103,8 +103,12 @@ class Chain:
     def stop(self, why: str) -> None:
         """No graphs from here on."""
         if not self.why:
-            self.why = why
             logger.info("the layers do not run as CUDA graphs: %s", why)
+        self.close(why)
+
+    def close(self, why: str = "closed") -> None:
+        """Give everything back."""
+        self.why = self.why or why
         self.x, self.next, self.calls = None, None, []
         self.drop()
 
