@@ -168,7 +168,7 @@ def prepare(
         if compiled and usable(batch.input_ids):
             fast.mlps = gated.gated_mlps(model)
     if compiled:
-        warm(device)
+        warm()
     if self_check if fp8 is None else fp8:
         fast.narrow = narrowable(model)
         if fp8 and not fast.narrow:

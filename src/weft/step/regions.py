@@ -181,20 +181,14 @@ class Offload:
 
 
 @cache
-def warm(device: torch.device | None = None) -> Thread:
+def warm() -> Thread:
     """Begin in the background to import the compiler and to start its workers: seconds that the first step need not wait for.
 
     Join it before compiling: two threads that import parts of one package can each meet the other's half.
-    device: where the model is, once that is known: what the compiler makes ready for a device, too.
     """
 
     def begin() -> None:
         try:
-            if device is not None:
-                warm().join()
-                joint_graph = import_module("torch._inductor.fx_passes.joint_graph")
-                joint_graph.lazy_init(device)  # reads its patterns: half a second
-                return
             import_module("torch._inductor.compile_fx")
             from torch._inductor.async_compile import AsyncCompile
             from torch._inductor.runtime.triton_compat import HAS_TRITON, triton_key
@@ -219,7 +213,7 @@ def install(
     budget: share of the activations that a compiled layer keeps (1: all but what is cheap to make again).
     """
     if compile:
-        warm(next(layers[0].parameters()).device).join()
+        warm().join()
         aot.activation_memory_budget = budget
         aot.activation_memory_budget_runtime_estimator = import_module("weft.step.budget").Takes()  # only now: it imports the compiler
         aot.is_non_builtin_to_include = True  # our own operations are weighed like torch's
