@@ -1,7 +1,7 @@
 """The fused inside of gated MLPs: how near its two kernels come to the rate of a plain copy.
 
     python bench/gated.py            # bench/results/gated.json
-    python bench/gated.py --tune     # the constants of the kernels, each choice first held against the plain twin
+    python bench/gated.py --tune     # blocks and splits for its kernels, each choice first held against the plain twin
 
 Times are medians of CUDA-event timings, what is launched around a kernel (the sums of partial gradients) included. Bytes are the tensors
 of the MLP's width that have to be moved, three forward and five back; the yardstick is a copy from device to device in the same run.
@@ -10,19 +10,17 @@ of the MLP's width that have to be moved, three forward and five back; the yards
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
-import triton
 from _common import save
-from _gated_trials import backward, candidates, forward
 
 from weft.kernels.gated import gated_backward_reference, gated_reference
 from weft.kernels.triton_gated import gated_backward_triton, gated_triton
@@ -92,63 +90,35 @@ def rates() -> list[dict[str, Any]]:
 
 
 def tune(budget: float) -> list[dict[str, Any]]:
-    """The best of all candidates for each width and rank, and the best of each variant; nothing new is begun after `budget` seconds."""
+    """The best blocks for each width and rank; nothing new is begun after `budget` seconds."""
     began, copy, rows = time.perf_counter(), copy_rate(), []
     print(f"a copy moves {copy:.2f} TB/s")
     for rank in RANKS:
         small = made(528, 1040, rank)  # blocks that are cut off both ways, and divisible by 16 as the real ones are, so compiled alike
-        exact = gated_reference(*(t.double() if torch.is_tensor(t) else t for t in inner(small)))
-        dback = gated_backward_reference(*(t.double() if torch.is_tensor(t) else t for t in small))
-        dback = (*dback[:5], dback[0] @ small[5].double(), dback[1] @ small[7].double())
-        tried = candidates(rank)
-        with ThreadPoolExecutor(16) as pool, triton.AsyncCompileMode(pool, ignore_errors=True):
-            for name, how, splits in tried:
-                work, args = (forward, inner(small)) if name.startswith("fwd") else (backward, small)
-                work(name, how | {"splits": splits[0]}, args, warm=True)
-        print(f"rank {rank}: {len(tried)} compiled, {time.perf_counter() - began:.0f} s", flush=True)
-        able, failed = [], []
-        for name, how, splits in tried:
-            back = not name.startswith("fwd")
-            work, args = (backward, small) if back else (forward, inner(small))
-            try:
-                found = work(name, how | {"splits": splits[0]}, args)
-                worst = max(map(distance, (*found[:5], *found[7:]), dback)) if back else distance(found, exact)
-                torch.cuda.synchronize()
-            except Exception as e:
-                failed.append((name, how, f"{type(e).__name__}: {e}"[:150]))
-                continue
-            if worst <= 1e-2:
-                able.append((name, how, splits))
-            else:
-                failed.append((name, how, f"off by {worst:.1e}"))
-        for f in failed:
-            print("  not usable:", *f)
-        for shape, width in WIDTHS.items():
-            given = made(TOKENS, width, rank)
-            few = {"forward": [], "backward": []}  # type: dict[str, list[Any]]
-            few["forward"].append((milliseconds(lambda: gated_triton(*inner(given))), "as landed", {}))
-            few["backward"].append((milliseconds(lambda: gated_backward_triton(*given)), "as landed", {}))
-            for name, how, splits in able:
-                if time.perf_counter() - began > budget:
-                    print("  out of time")
-                    break
-                back = not name.startswith("fwd")
-                for s in splits:
-                    full, args = how | {"splits": s}, given if back else inner(given)
-                    work = backward if back else forward
-                    few["backward" if back else "forward"].append((milliseconds(lambda: work(name, full, args), 3, 4), name, full))
-            dg, Bg = given[0], given[5]
-            thin = milliseconds(lambda: (dg @ Bg, dg @ Bg))
-            print(f"{shape} {width}, rank {rank}: the two thin products that bwd_sums spares take {thin:.3f} ms")
-            for way, passes in (("forward", 3), ("backward", 5)):
-                order = sorted(few[way], key=lambda f: f[0])
-                best = {name: next(f for f in order if f[1] == name) for name in {f[1] for f in order}}
-                shown = order[:5] + [f for f in best.values() if f not in order[:5]]
-                for ms, name, full in shown:
-                    rate = passes * given[0].nbytes / ms / 1e9
-                    print(f"  {way} {ms:.3f} ms {rate:.2f} TB/s {rate / copy:.2f} of a copy: {name} {full}", flush=True)
-                rows.append({"shape": shape, "width": width, "rank": rank, "way": way, "thin_ms": thin, "copy_TB/s": copy, "tried": order})
-    print(f"{time.perf_counter() - began:.0f} s")
+        exact = tuple(t.double() if torch.is_tensor(t) else t for t in small)
+        wants = (gated_reference(*inner(exact)),), gated_backward_reference(*exact)[:5]
+        works: tuple[Callable[..., Any], ...] = (lambda *t, **how: (gated_triton(*t, **how),), gated_backward_triton)
+        for way, passes, work, want, given in zip(("forward", "back"), (3, 5), works, wants, (inner(small), small), strict=True):
+            able = []
+            for block, columns, warps in itertools.product((16, 32, 64), (64, 128), (4, 8)):
+                how = dict(rows=block, columns=columns, warps=warps)
+                found = work(*given, **how)
+                if max(distance(a, b) for a, b in zip(found, want, strict=False)) <= 1e-2:
+                    able.append(how)
+            for shape, width in WIDTHS.items():
+                full = made(TOKENS, width, rank)
+                full = inner(full) if way == "forward" else full
+                tried = [
+                    (milliseconds(lambda: work(*full, **how, splits=splits), 3, 4), how | {"splits": splits})
+                    for how in able for splits in (4, 8, 16, 32, 64) if time.perf_counter() - began < budget
+                ]  # fmt: skip
+                tried.sort(key=lambda t: t[0])
+                own = milliseconds(lambda: work(*full))
+                bytes_moved = passes * TOKENS * width * 2
+                print(f"{shape}, rank {rank}, {way}: as it is {own:.3f} ms", flush=True)
+                for ms, how in tried[:4]:
+                    print(f"  {ms:.3f} ms, {bytes_moved / ms / 1e9 / copy:.2f} of a copy's rate: {how}", flush=True)
+                rows.append({"shape": shape, "rank": rank, "way": way, "as_it_is_ms": own, "copy_TB/s": copy, "best": tried[:4]})
     return rows
 
 

@@ -17,7 +17,9 @@ from torch import Tensor
 from weft.kernels.hadamard import power_of_two
 from weft.kernels.launch import on_its_card
 
-SPLITS = 16
+SPLITS = 8
+# Loads of 16-bit tensors that are on their way while one block is worked on, through shared memory; in fp32 that would take all there is.
+STAGES = {torch.bfloat16: 3, torch.float16: 3}
 
 
 @triton.jit
@@ -35,31 +37,46 @@ def _within_sigmoid(x, GELU: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _sigmoid(p):  # type: ignore[no-untyped-def]
+    root = tl.rsqrt(1 + tl.exp2(-1.4426950408889634 * p))  # two special functions and no division, whose edge cases cost more than these
+    return root * root
+
+
+@triton.jit
 def _gated(  # type: ignore[no-untyped-def]
-    g, u, Sg, Bg, Su, Bu, cg, cu, h, n, width, rg, ru, g_row, u_row, sg_row, su_row, RG: tl.constexpr, RU: tl.constexpr, CG: tl.constexpr,
-    CU: tl.constexpr, GELU: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
+    g, u, Sg, Bg, Su, Bu, cg, cu, h, n, width, rg, ru, each, g_row, u_row, sg_row, su_row, RG: tl.constexpr, RU: tl.constexpr,
+    CG: tl.constexpr, CU: tl.constexpr, GELU: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    rows = tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    inside = (rows < n)[:, None] & (columns < width)[None, :]
-    gate = tl.load(g + (rows[:, None] * g_row + columns[None, :]), mask=inside, other=0.0).to(tl.float32)
-    up = tl.load(u + (rows[:, None] * u_row + columns[None, :]), mask=inside, other=0.0).to(tl.float32)
-    bg, bu = _rows_of(Bg, columns, width, rg, rg, RG), _rows_of(Bu, columns, width, ru, ru, RU)
-    gate += tl.dot(_rows_of(Sg, rows, n, rg, sg_row, RG), tl.trans(bg), input_precision=PRECISION)
-    up += tl.dot(_rows_of(Su, rows, n, ru, su_row, RU), tl.trans(bu), input_precision=PRECISION)
+    here, across = columns < width, columns[None, :]
+    bg, bu = tl.trans(_rows_of(Bg, columns, width, rg, rg, RG)), tl.trans(_rows_of(Bu, columns, width, ru, ru, RU))
     if CG:
-        gate *= tl.load(cg + columns, mask=columns < width, other=0.0)[None, :]
+        scale_g = tl.load(cg + columns, mask=here, other=0.0)[None, :]
     if CU:
-        up *= tl.load(cu + columns, mask=columns < width, other=0.0)[None, :]
-    p, _ = _within_sigmoid(gate, GELU)
-    tl.store(h + (rows[:, None] * width + columns[None, :]), (gate * tl.sigmoid(p) * up).to(h.dtype.element_ty), mask=inside)
+        scale_u = tl.load(cu + columns, mask=here, other=0.0)[None, :]
+    for start in tl.range(0, each, ROWS, num_stages=STAGES):
+        rows = tl.program_id(1).to(tl.int64) * each + start + tl.arange(0, ROWS)
+        down = rows[:, None]
+        inside = (down < n) & here[None, :]
+        gate = tl.load(g + (down * g_row + across), mask=inside, other=0.0, eviction_policy="evict_first")
+        up = tl.load(u + (down * u_row + across), mask=inside, other=0.0, eviction_policy="evict_first")
+        sg, su = _rows_of(Sg, rows, n, rg, sg_row, RG), _rows_of(Su, rows, n, ru, su_row, RU)
+        gate = gate.to(tl.float32) + tl.dot(sg, bg, input_precision=PRECISION)
+        up = up.to(tl.float32) + tl.dot(su, bu, input_precision=PRECISION)
+        if CG:
+            gate *= scale_g
+        if CU:
+            up *= scale_u
+        p, _ = _within_sigmoid(gate, GELU)
+        tl.store(h + (down * width + across), (gate * _sigmoid(p) * up).to(h.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def _gated_backward(  # type: ignore[no-untyped-def]
     dh, dS, g, u, Sg, Bg, Su, Bu, A, cg, cu, dg, du, dBg, dBu, dA, dcg, dcu, n, width, rg, ru, rd, each,
     dh_row, ds_row, g_row, u_row, sg_row, su_row, dg_row, du_row, RG: tl.constexpr, RU: tl.constexpr, RD: tl.constexpr, CG: tl.constexpr,
-    CU: tl.constexpr, GELU: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
+    CU: tl.constexpr, GELU: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     split = tl.program_id(1).to(tl.int64)
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
@@ -76,18 +93,21 @@ def _gated_backward(  # type: ignore[no-untyped-def]
     if CU:
         scale_u = tl.load(cu + columns, mask=here, other=0.0)[None, :]
         sum_cu = tl.zeros((COLUMNS,), tl.float32)
-    for start in range(0, each, ROWS):
+    for start in tl.range(0, each, ROWS, num_stages=STAGES):
         rows = split * each + start + tl.arange(0, ROWS)
         inside = (rows < n)[:, None] & here[None, :]
         down, across = rows[:, None], columns[None, :]
+        within = tl.load(g + (down * g_row + across), mask=inside, other=0.0, eviction_policy="evict_first")
+        beside = tl.load(u + (down * u_row + across), mask=inside, other=0.0, eviction_policy="evict_first")
+        d = tl.load(dh + (down * dh_row + across), mask=inside, other=0.0, eviction_policy="evict_first")
         sg, su, ds = _rows_of(Sg, rows, n, rg, sg_row, RG), _rows_of(Su, rows, n, ru, su_row, RU), _rows_of(dS, rows, n, rd, ds_row, RD)
-        within = tl.load(g + (down * g_row + across), mask=inside, other=0.0).to(tl.float32) + tl.dot(sg, bg, input_precision=PRECISION)
-        beside = tl.load(u + (down * u_row + across), mask=inside, other=0.0).to(tl.float32) + tl.dot(su, bu, input_precision=PRECISION)
-        d = tl.load(dh + (down * dh_row + across), mask=inside, other=0.0).to(tl.float32) + tl.dot(ds, a, input_precision=PRECISION)
+        within = within.to(tl.float32) + tl.dot(sg, bg, input_precision=PRECISION)
+        beside = beside.to(tl.float32) + tl.dot(su, bu, input_precision=PRECISION)
+        d = d.to(tl.float32) + tl.dot(ds, a, input_precision=PRECISION)
         gate = within * scale_g if CG else within
         up = beside * scale_u if CU else beside
         p, slope = _within_sigmoid(gate, GELU)
-        sig = tl.sigmoid(p)
+        sig = _sigmoid(p)
         act = gate * sig
         dgate = d * up * (sig + act * (1 - sig) * slope)
         dup = d * act
@@ -126,16 +146,17 @@ def _exact(t: Tensor) -> str:
 @on_its_card
 def gated_triton(
     g: Tensor, u: Tensor, Sg: Tensor, Bg: Tensor, Su: Tensor, Bu: Tensor, cg: Tensor | None = None, cu: Tensor | None = None,
-    gelu: bool = False, rows: int = 32, columns: int = 128, warps: int = 8,
+    gelu: bool = False, rows: int = 32, columns: int = 128, warps: int = 8, splits: int = 8 * SPLITS,
 ) -> Tensor:  # fmt: skip
     """As `gated_reference`, in one launch. g, u, Sg and Su may be columns of wider tensors."""
     n, width = g.shape
     h = g.new_empty(n, width)
-    grid: Any = (-(-width // columns), -(-n // rows))
+    each = -(-n // (splits * rows)) * rows
+    grid: Any = (-(-width // columns), splits)
     _gated[grid](
-        g, u, Sg, Bg, Su, Bu, cg, cu, h, n, width, Sg.shape[1], Su.shape[1], *(t.stride(0) for t in (g, u, Sg, Su)),
+        g, u, Sg, Bg, Su, Bu, cg, cu, h, n, width, Sg.shape[1], Su.shape[1], each, *(t.stride(0) for t in (g, u, Sg, Su)),
         RG=_padded(Sg.shape[1]), RU=_padded(Su.shape[1]), CG=cg is not None, CU=cu is not None, GELU=gelu, ROWS=rows, COLUMNS=columns,
-        PRECISION=_exact(g), num_warps=warps,
+        STAGES=STAGES.get(g.dtype, 1), PRECISION=_exact(g), num_warps=warps,
     )  # fmt: skip
     return h
 
@@ -143,11 +164,13 @@ def gated_triton(
 @on_its_card
 def gated_backward_triton(
     dh: Tensor, dS: Tensor, g: Tensor, u: Tensor, Sg: Tensor, Bg: Tensor, Su: Tensor, Bu: Tensor, A: Tensor, cg: Tensor | None = None,
-    cu: Tensor | None = None, gelu: bool = False, dg: Tensor | None = None, du: Tensor | None = None, rows: int = 32, columns: int = 64,
-    warps: int = 4, splits: int = SPLITS,
+    cu: Tensor | None = None, gelu: bool = False, dg: Tensor | None = None, du: Tensor | None = None, rows: int = 32,
+    columns: int | None = None, warps: int | None = None, splits: int = SPLITS,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """As `gated_backward_reference`, in one launch and small sums. dh, dS, g, u, Sg, Su, dg and du may be columns of wider tensors."""
     n, width = g.shape
+    if columns is None or warps is None:  # what fits into the registers
+        columns, warps = (128, 8) if g.itemsize == 2 and max(Sg.shape[1], Su.shape[1], dS.shape[1]) <= 32 else (64, 4)
     dg, du = (g.new_empty(n, width) if d is None else d for d in (dg, du))
     ranks = Sg.shape[1], Su.shape[1], dS.shape[1]
     parts = [g.new_empty(splits, width, r, dtype=torch.float32) for r in ranks]
@@ -157,7 +180,8 @@ def gated_backward_triton(
     _gated_backward[grid](
         dh, dS, g, u, Sg, Bg, Su, Bu, A, cg, cu, dg, du, *parts, *scales, n, width, *ranks, each,
         *(t.stride(0) for t in (dh, dS, g, u, Sg, Su, dg, du)), RG=_padded(ranks[0]), RU=_padded(ranks[1]), RD=_padded(ranks[2]),
-        CG=cg is not None, CU=cu is not None, GELU=gelu, ROWS=rows, COLUMNS=columns, PRECISION=_exact(g), num_warps=warps,
+        CG=cg is not None, CU=cu is not None, GELU=gelu, ROWS=rows, COLUMNS=columns, STAGES=STAGES.get(g.dtype, 1),
+        PRECISION=_exact(g), num_warps=warps,
     )  # fmt: skip
     dBg, dBu, dA, dcg, dcu = (part.sum(0) for part in (*parts, *scales))
     return dg, du, dBg.to(Bg.dtype), dBu.to(Bu.dtype), dA.T.to(A.dtype).contiguous(), dcg, dcu
