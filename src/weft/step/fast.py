@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
+from math import prod
 from threading import Thread
 
 import torch
@@ -47,6 +48,7 @@ THIN = 0.01  # what a layer keeps that is made again: its input, and the thin pr
 AWAY = 0.2  # level 0 keeps this share in the host's memory: what PCIe 5 moves while a layer of an 8-billion Llama works
 CHECKED = 2048  # tokens of a piece of the self-check's plain pass, which forms more at once than the fast one
 PASSES = 2  # of the checked micro-batch after the one that compiles: its layers are captured and replayed, and replayed once more
+FLOPS, BRIEF = 7e14, 6e-3  # the host takes 2 to 4 ms to launch a layer both ways; an H100 takes 10 for one of 8 billion at 8192 tokens
 SPARE = 0.88  # of what is free may be planned for: the allocator cuts memory into pieces, and kernels want workspaces
 
 
@@ -149,8 +151,9 @@ def prepare(
         compile: None: on CUDA. varying: batches differ in shape.
         fp8: multiply in fp8 in the layers that an fp8 base stores so, where the device has such units; None: with the self-check, which
             holds each of those products against the plain one.
-        graphs: run compiled layers as CUDA graphs, one for each direction; True: also where their memory, which stays reserved between
-            steps, leaves little of the card or of the bytes in `memory`; None: where it does not. Gradients then come by `backward()`.
+        graphs: run compiled layers as CUDA graphs, one for each direction; None: where the host is what small layers wait for; True: also
+            where it is not, and where their memory, which stays reserved between steps, leaves little of the card or of the bytes in
+            `memory`. Gradients then come by `backward()`.
         self_check: compare with the plain path. say: where a fall-back is told.
     Raises:
         WeftError: the micro-batch does not fit even with the least memory; a memory setting of no sense.
@@ -183,7 +186,8 @@ def prepare(
         model.eval()
     if graphs is not False and compiled:
         why = _one_by_one(model, batch, random)
-        fast.graphs, fast.insist = not why and (bool(graphs) or isinstance(memory, str) or memory <= 1), bool(graphs)
+        may = (isinstance(memory, str) or memory <= 1) and _brief(layers, batch.input_ids.numel())
+        fast.graphs, fast.insist = not why and (bool(graphs) or may), bool(graphs)
         if graphs and why:
             say(f"the layers do not run as CUDA graphs: {why}")
     try:
@@ -339,6 +343,12 @@ def _one_by_one(model: nn.Module, batch: Batch, random: bool) -> str:
     if any(getattr(m, "gradient_checkpointing", False) for m in model.modules()):
         return "the model recomputes its layers by itself (gradient checkpointing)"
     return ""
+
+
+def _brief(layers: list[nn.Module], tokens: int) -> bool:
+    """Whether layers are so small that they wait for the host: by four operations a weight and token."""
+    weights = sum(prod(features(m)) for layer in layers for _, m in modules(layer) if is_linear(m)) / max(len(layers), 1)
+    return 4 * weights * tokens < BRIEF * FLOPS
 
 
 def _level(batch: Batch, memory: Memory, layers: list[nn.Module], compiled: bool) -> float:

@@ -77,7 +77,8 @@ class TrainConfig:
     """Compile the repeated layers. Null: on CUDA, where it takes some ten seconds once."""
     graphs: bool | None = None
     """Launch all compiled layers at once, as CUDA graphs: small models otherwise wait for the host. Their memory stays reserved between
-    steps. Null: where that leaves as much of the card free again and `memory` is no number of bytes. True: also where it does not."""
+    steps. Null: where layers are small enough to wait, that leaves as much of the card free again, and `memory` is no number of bytes.
+    True: also where not."""
     fp8: bool | None = None
     """Multiply in fp8, forward and backward, in the frozen layers of an fp8 base (`base: fp8`) on a card that has such units. The
     self-check holds each product against the plain one, and layers that are too far off decode. Null: yes, if there is a self-check."""
