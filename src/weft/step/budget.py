@@ -6,6 +6,7 @@ They read all of x for 0.2% of its bytes: kept, they spare more time for their m
 
 from __future__ import annotations
 
+import operator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ class Takes(CustomRuntimeEstimator):  # type: ignore[misc]
     def __call__(self, node: fx.Node) -> float:
         if node.target is torch.ops.weft.keep.default:
             return self(_maker(node.args[0]))
+        if node.target is operator.getitem:  # one of several results, which torch's own estimate cannot take
+            return self(node.args[0])
         with aot.patch(activation_memory_budget_runtime_estimator="flops"):
             flops = estimate_runtime(node)
         return max(flops / FLOPS, (sum(map(_bytes, node.all_input_nodes)) + _bytes(node)) / BYTES)
