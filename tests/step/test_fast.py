@@ -234,7 +234,8 @@ def test_a_compiler_that_is_wrong_costs_no_more_than_compiling(monkeypatch):
     said: list[str] = []
     fast = prepare(model, pad(rows([9, 4])), weft.adapters.trainable(model, "default"), compile=True, say=said.append)
     fast.close()
-    assert len(said) == 1 and "not compiled" in said[0] and "does not agree" in said[0] and "layers.0" in said[0]
+    assert len(said) == 2 and "not stacked" in said[0]
+    assert "not compiled" in said[1] and "does not agree" in said[1] and "layers.0" in said[1]
     assert not fast.compiled and fast.head is not None and fast.unmasked and "self-check" in fast.said[0]
 
 

@@ -159,13 +159,15 @@ def test_compiled(monkeypatch, memory, base, method):
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", r"ignore:The \.grad attribute")
 def test_a_wrong_one_is_found(monkeypatch):
     monkeypatch.setattr("weft.step.fast.usable", lambda t: True)
-    monkeypatch.setattr("weft.kernels.gated.gated_reference", lambda *a: 1.1 * gated_reference(*a))
+    for place in ("gated", "gated_stacked"):
+        monkeypatch.setattr(f"weft.kernels.{place}.gated_reference", lambda *a: 1.1 * gated_reference(*a))
     model = build("Llama", {}).requires_grad_(False)
     weft.adapt(model, weft.LoRA(rank=3)).train()
     said: list[str] = []
     fast = prepare(model, pad(rows([9, 4, 7])), weft.adapters.trainable(model, "default"), compile=True, say=said.append)
     fast.close()
-    assert len(said) == 1 and "not fused" in said[0] and "does not agree" in said[0] and "layers.0" in said[0]
+    assert len(said) == 2 and "not stacked" in said[0]
+    assert "not fused" in said[1] and "does not agree" in said[1] and "layers.0" in said[1]
     assert fast.compiled and not fast.mlps and "self-check" in fast.said[0]  # the rest of the fast step stays
 
 
@@ -175,13 +177,14 @@ def test_one_that_fails_is_left_out(monkeypatch):
         raise RuntimeError("no such kernel")
 
     monkeypatch.setattr("weft.step.fast.usable", lambda t: True)
-    monkeypatch.setattr("weft.kernels.gated.gated_reference", broken)
+    for place in ("gated", "gated_stacked"):
+        monkeypatch.setattr(f"weft.kernels.{place}.gated_reference", broken)
     model = build("Llama", {}).requires_grad_(False)
     weft.adapt(model, weft.LoRA(rank=3)).train()
     said: list[str] = []
     fast = prepare(model, pad(rows([9, 4, 7])), weft.adapters.trainable(model, "default"), compile=True, say=said.append)
     fast.close()
-    assert len(said) == 1 and "no such kernel" in said[0] and fast.compiled and not fast.mlps
+    assert len(said) == 2 and "not stacked" in said[0] and "no such kernel" in said[1] and fast.compiled and not fast.mlps
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", r"ignore:The \.grad attribute")

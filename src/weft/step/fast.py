@@ -3,6 +3,7 @@
     compiled layers         each repeated layer is one graph (CUDA)
     CUDA graphs             the host launches all layers at once, each way
     gated MLPs              what lies between their products is one operation each way, where all three have LoRA or DoRA
+    stacked layers          q, k and v are one product each way, and so are gate and up
     no logits               the head and the loss are one operation, a slice of tokens at a time
     no mask                 padded rows go without one where a token never looks right, which is where padding is
     a budget of memory      what is kept for the backward pass and what is made again, by what the card has free
@@ -29,7 +30,7 @@ from weft.core import Adapter, WeftError, features, is_linear, modules
 from weft.kernels.launch import usable
 from weft.kernels.scratch import release
 from weft.quant import QuantLinear
-from weft.step import early, gated
+from weft.step import early, gated, stacked
 from weft.step.capture import able
 from weft.step.check import bounds, differences, measure, pieces, stirred
 from weft.step.fp8 import BOUND, narrowable, watched
@@ -37,6 +38,7 @@ from weft.step.graph import Chain
 from weft.step.loss import Batch, fusible, loss_sum, loss_sums, unmaskable
 from weft.step.regions import install, repeated, uninstall, warm
 from weft.step.routing import each, routed
+from weft.step.stackable import stacks
 
 logger = logging.getLogger("weft")
 Memory = float | int | str  # "auto", a share (0 to 1), or bytes
@@ -66,6 +68,7 @@ class Fast:
     unmasked: bool = False  # padded rows go without their attention mask
     narrow: dict[str, QuantLinear] = field(default_factory=dict)  # the layers that multiply in fp8, by path
     mlps: dict[nn.Module, gated.Way] = field(default_factory=dict)  # gated ones whose inside is one operation, and by what
+    stacks: dict[nn.Module, stacked.Stack] = field(default_factory=dict)  # modules of whose layers some are one product
     graphs: bool = False  # compiled layers run as CUDA graphs, where that can be; gradients are then those of `backward()` alone
     insist: bool = False  # also where these leave little memory
     chain: Chain | None = None
@@ -75,11 +78,13 @@ class Fast:
 
     def loss(self, batch: Batch) -> Tensor:
         """Sum of the cross-entropies of a micro-batch, () fp32."""
-        return loss_sum(self.model, batch, self.head, unmasked=self.unmasked)
+        with stacked.working(self.stacks):
+            return loss_sum(self.model, batch, self.head, unmasked=self.unmasked)
 
     def losses(self, batch: Batch, counts: Sequence[int]) -> list[Tensor]:
         """The same for each owner of a batch, as `loss_sums` counts them. Call it, and the backward pass, within `routed(batch)`."""
-        return loss_sums(self.model, batch, counts, self.head, unmasked=self.unmasked)
+        with stacked.working(self.stacks):
+            return loss_sums(self.model, batch, counts, self.head, unmasked=self.unmasked)
 
     def routed(self, batch: Batch) -> AbstractContextManager[None]:
         """Within it every row of this batch goes through its owner's adapter."""
@@ -97,6 +102,7 @@ class Fast:
             layer.narrow = True
         if self.compiled:
             gated.install(self.mlps)
+            stacked.install(self.stacks, self.mlps)
         if self.graphs and self.compiled and not offload:
             self.chain = Chain(self.insist)
         if self.compiled or recompute:
@@ -112,6 +118,7 @@ class Fast:
         if self.chain is not None:
             self.chain.close()
             self.chain = None
+        stacked.uninstall(self.stacks)
         gated.uninstall(self.mlps)
         for layer in narrowable(self.model, everywhere=True).values():
             layer.narrow = False
@@ -122,6 +129,8 @@ class Fast:
             parts[0] += ", as CUDA graphs"
         if self.compiled and self.mlps:
             parts.append(f"{len(self.mlps)} gated MLPs fused")
+        if self.compiled and self.stacks:
+            parts.append(f"{stacked.named(self.stacks)} stacked")
         if self.narrow:
             parts.append(f"{len(self.narrow)} products in fp8")
         parts.append("no logits formed" if self.head is not None else "all logits formed")
@@ -170,6 +179,8 @@ def prepare(
         fast = Fast(model, compiled, head, varying, level, layers, cuda, unmaskable(model, batch, head))
         if compiled and usable(batch.input_ids):
             fast.mlps = gated.gated_mlps(model)
+        if compiled:
+            fast.stacks = stacks(model, fast.mlps)
     if compiled:
         warm()
     if self_check if fp8 is None else fp8:
@@ -205,7 +216,7 @@ def prepare(
 def _try(
     fast: Fast, batch: Batch, parameters: Mapping[str, nn.Parameter], self_check: bool, unchecked: bool, say: Callable[[str], None]
 ) -> None:
-    """Run the micro-batch both ways. What fails, does not fit or does not agree is left out: CUDA graphs, fused MLPs, compiling, all.
+    """Run the micro-batch both ways. What fails, does not fit or disagrees is left out: CUDA graphs, stacking, fused MLPs, compiling, all.
 
     unchecked: products in fp8 stay, though the plain path did not fit and nothing was held against it.
     """
@@ -230,6 +241,10 @@ def _try(
             if fast.chain is not None and fast.chain.known and not fast.chain.why:
                 say(f"the layers do not run as CUDA graphs: the step with them {failed}")
                 fast.graphs = False
+            elif fast.compiled and fast.stacks:
+                say(f"{stacked.named(fast.stacks)} are not stacked: the step with them so {failed}")
+                fast.close()
+                fast.stacks = {}
             elif fast.compiled and fast.mlps:
                 say(f"gated MLPs are not fused: the step with them {failed}")
                 fast.close()

@@ -12,7 +12,9 @@ from torch.nn import functional as F
 
 from weft.core import Site, is_linear, modules, unmerged
 from weft.kernels.gated import gated
+from weft.kernels.gated_stacked import gated_stacked
 from weft.kernels.keep import keep
+from weft.kernels.stacked import stacked
 from weft.methods.dora import DecomposedLinear
 from weft.methods.lora_linear import LowRank
 
@@ -30,10 +32,11 @@ def gated_mlps(model: nn.Module) -> dict[nn.Module, Way]:
 
 def ready(mlp: Any) -> bool:
     """Whether each of its maps has one LoRA or DoRA at work and nothing that these do not always have, and the MLP itself no adapter."""
-    return getattr(mlp, "plan", None) is None and all(_usual(mlp._modules[name]) for name in MAPS)
+    return getattr(mlp, "plan", None) is None and all(usual(mlp._modules[name]) for name in MAPS)
 
 
-def _usual(layer: Any) -> bool:
+def usual(layer: Any) -> bool:
+    """Whether one plain LoRA or DoRA works on this linear layer, and nothing that these do not always have."""
     plan = layer.plan if isinstance(layer, Site) and is_linear(layer) else None
     if type(plan) not in (LowRank, DecomposedLinear) or plan.A.shape[0] > WIDEST:
         return False
@@ -45,7 +48,7 @@ def _usual(layer: Any) -> bool:
 def _way(mlp: Any) -> Way | None:
     """By which of the activations its own forward is that formula: two tokens, to the last bit. One that somebody hooked or replaced is
     left alone."""
-    if any(map(_touched, (mlp, *(mlp._modules[name] for name in MAPS)))):
+    if any(map(touched, (mlp, *(mlp._modules[name] for name in MAPS)))):
         return None
     width = cast(int, mlp.gate_proj.in_features)
     x = torch.linspace(-2, 2, 2 * width, device=mlp.down_proj.weight.device).to(dtype_of(mlp)).view(1, 2, width)
@@ -62,7 +65,8 @@ def dtype_of(mlp: Any) -> torch.dtype:
     return dtype
 
 
-def _touched(m: Any) -> bool:
+def touched(m: Any) -> bool:
+    """Whether somebody has hooked it or replaced its forward."""
     return "forward" in vars(m) or bool(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks)
 
 
@@ -80,15 +84,21 @@ def _forward(self: Any, x: Tensor, gelu: bool) -> Tensor:
     """In training; evaluation, where DoRA keeps its norms, goes by the MLP's own."""
     if not (torch.is_grad_enabled() and ready(self)):  # another adapter may have come to work since
         return type(self).forward(self, x)  # type: ignore[no-any-return]
-    g, u = self.gate_proj.frozen(x), self.up_proj.frozen(x)
-    (Ag, Bg, cg), (Au, Bu, cu), (Ad, Bd, cd) = (_factors(self._modules[name], g.dtype) for name in MAPS)
-    Sg, Su = F.linear(x, torch.cat((Ag, Au))).split((len(Ag), len(Au)), -1)  # x is read once for both, and its gradient written once
-    h, S = gated(g, u, Sg, Bg, Su, Bu, Ad, cg, cu, gelu)
+    stack = getattr(self, "stack", None)
+    if stack is not None and stack.on:
+        (_, Bg, cg), (_, Bu, cu), (Ad, Bd, cd) = (factors(self._modules[name], x.dtype) for name in MAPS)
+        Z = stacked(x, stack.W, [self.gate_proj.plan.A, self.up_proj.plan.A])
+        h, S = gated_stacked(Z, Bg, Bu, Ad, cg, cu, gelu)
+    else:
+        g, u = self.gate_proj.frozen(x), self.up_proj.frozen(x)
+        (Ag, Bg, cg), (Au, Bu, cu), (Ad, Bd, cd) = (factors(self._modules[name], g.dtype) for name in MAPS)
+        Sg, Su = F.linear(x, torch.cat((Ag, Au))).split((len(Ag), len(Au)), -1)  # x is read once for both, and its gradient written once
+        h, S = gated(g, u, Sg, Bg, Su, Bu, Ad, cg, cu, gelu)
     y = cast(Tensor, self.down_proj.frozen(h) + F.linear(keep(S), Bd))
     return y if cd is None else (y * cd).to(y.dtype)
 
 
-def _factors(layer: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
+def factors(layer: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
     """A, s B, and DoRA's c = m / ‖W₀ + s B A‖ in fp32."""
     plan = layer.plan
     c = plan.m / plan.norm(layer) if type(plan) is DecomposedLinear else None

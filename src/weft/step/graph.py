@@ -208,6 +208,7 @@ class Chain:
         return (
             [m.training for m in self.modules],
             [vars(m).get("plan") for m in self.modules if isinstance(m, Site)],
+            [vars(m)["stack"].on for m in self.modules if "stack" in vars(m)],
             [(t.data_ptr(), t.requires_grad) for t in self.held],
             [t._version for t in self.held if isinstance(t, nn.Parameter) and not t.requires_grad and not t.is_inference()],
         )

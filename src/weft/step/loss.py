@@ -94,6 +94,12 @@ def fusible(model: nn.Module) -> nn.Linear | None:
     return head if len(seen) == 1 and out is seen[0] else None
 
 
+def tried(model: nn.Module) -> None:
+    """One pass over two tokens, for whoever watches."""
+    with _trying(model):
+        model(torch.zeros(1, 2, dtype=torch.int64, device=next(model.parameters()).device), **_uncached(model))
+
+
 def unmaskable(model: nn.Module, batch: Batch, head: nn.Linear | None = None) -> bool:
     """Whether batches like this padded one give the same without their attention mask.
 

@@ -1,0 +1,169 @@
+"""Linear layers that are given the very same input (q, k and v; gate and up) as one product, their adapters' part included.
+
+Their frozen weights come to lie in one tensor, above a copy of their adapters' A (`weft.kernels.stacked`). A layer's own weight is a view
+of its rows, so whatever else reads it finds it as it was. The module around them runs its own forward with a stand-in for itself, whose q,
+k and v hand out what one product made; the model's code stays as it is.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Container, Iterator, Mapping
+from contextlib import contextmanager
+from types import MethodType
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from weft.kernels.keep import keep
+from weft.kernels.stacked import padded, stacked
+from weft.step.gated import factors
+
+
+class Stack:
+    """Layers of one input. What is traced of it are tensors, layers and numbers that are alike in all of a kind, which share one graph."""
+
+    def __init__(self, names: tuple[str, ...], layers: list[Any]) -> None:
+        self.names, self.layers = names, layers
+        self.plans = [getattr(layer, "plan", None) for layer in self.layers]
+        self.outs = [int(layer.out_features) for layer in self.layers]
+        self.ranks = [0 if plan is None else len(plan.A) for plan in self.plans]
+        self.rank = padded(sum(self.ranks))
+        self.on = False  # within `working`: W holds the A's as they are
+        self.W: Tensor | None = None
+        self.weights: list[tuple[nn.Parameter, int]] = []  # and where in memory each lies
+        self.tails: list[Tensor] = []
+
+    def install(self) -> None:
+        weights = [cast(nn.Parameter, layer.weight) for layer in self.layers]
+        self.W = weights[0].data.new_empty(sum(self.outs) + self.rank, weights[0].shape[1])
+        *rows, tail = self.W.split([*self.outs, self.rank])
+        for weight, place in zip(weights, rows, strict=True):
+            weight.data = place.copy_(weight.data)
+            self.weights.append((weight, weight.data_ptr()))
+        # Writes to .data are not counted: they bring the same numbers, and a backward pass may be owed, until somebody steps.
+        *tails, rest = tail.data.split([*self.ranks, self.rank - sum(self.ranks)])
+        self.tails = [t for t in tails if len(t)]
+        rest.zero_()
+
+    def uninstall(self) -> None:
+        for weight, place in self.weights:
+            if weight.data_ptr() == place:
+                weight.data = weight.data.clone()
+        self.W, self.weights, self.tails = None, [], []
+
+    def valid(self) -> bool:
+        """Whether the same adapters work on the same weights as when it was installed."""
+        found = zip(self.layers, self.plans, self.weights, strict=True)
+        return self.W is not None and all(
+            getattr(layer, "plan", None) is plan and layer.weight is weight and weight.data_ptr() == place
+            for layer, plan, (weight, place) in found
+        )
+
+    def masters(self) -> list[Tensor]:
+        return [plan.A for plan in self.plans if plan is not None]
+
+    def parts(self, x: Tensor) -> list[Tensor]:
+        """What each layer makes of x with its adapter."""
+        assert self.W is not None
+        Bs, cs, before = [], [], 0
+        for layer, plan, rank, out in zip(self.layers, self.plans, self.ranks, self.outs, strict=True):
+            _, B, c = (None, x.new_zeros(out, 0), None) if plan is None else factors(layer, x.dtype)
+            Bs.append(F.pad(B, (before, self.rank - before - rank)))
+            cs.append(c)
+            before += rank
+        made = []
+        Z = stacked(x, self.W, self.masters(), torch.cat(Bs))
+        for name, layer, c, y in zip(self.names, self.layers, cs, Z.split([*self.outs, self.rank], -1), strict=False):
+            if c is not None:
+                y = (y * c).to(y.dtype)
+            elif layer.bias is not None:
+                y = y + layer.bias
+            elif name == "v_proj":  # attention keeps v as it is: a view would hold all of Z
+                y = keep(y)
+            made.append(y)
+        return made
+
+
+class Stand:
+    """A module as its own forward sees it: its layers hand out their parts of one product."""
+
+    def __init__(self, module: Any, stack: Stack) -> None:
+        self.module, self.stack = module, stack
+        self.x: Tensor | None = None
+        self.parts: list[Tensor] = []
+        for i, name in enumerate(stack.names):
+            setattr(self, name, Hand(self, stack.layers[i], i))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.module, name)
+
+
+class Hand:
+    """One of its layers."""
+
+    def __init__(self, stand: Stand, layer: Any, i: int) -> None:
+        self.stand, self.layer, self.i = stand, layer, i
+
+    def __call__(self, x: Tensor) -> Tensor:
+        stand = self.stand
+        if stand.x is None:
+            stand.x, stand.parts = x, stand.stack.parts(x)
+        return stand.parts[self.i] if x is stand.x else self.layer(x)  # type: ignore[no-any-return]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.layer, name)
+
+
+def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+    stack = self.stack
+    return type(self).forward(Stand(self, stack) if stack.on and torch.is_grad_enabled() else self, *args, **kwargs)
+
+
+def install(stacks: Mapping[nn.Module, Stack], mlps: Container[nn.Module]) -> None:
+    """mlps: those that see for themselves (`weft.step.gated`)."""
+    for module, stack in stacks.items():
+        vars(module)["stack"] = stack
+        stack.install()
+        if module not in mlps:
+            module.forward = MethodType(_forward, module)  # one function for all of a kind, so that all layers share one compiled graph
+    _tidy(stacks)
+
+
+def uninstall(stacks: Mapping[nn.Module, Stack]) -> None:
+    installed = {module: stack for module, stack in stacks.items() if "stack" in vars(module)}
+    for module, stack in installed.items():
+        del vars(module)["stack"]
+        vars(module).pop("forward", None)
+        stack.uninstall()
+    _tidy(installed)
+
+
+def _tidy(stacks: Mapping[nn.Module, Stack]) -> None:
+    """What the weights lay in before is of sizes that nothing else has."""
+    if any(stack.layers[0].weight.is_cuda for stack in stacks.values()):
+        torch.cuda.empty_cache()
+
+
+@contextmanager
+def working(stacks: Mapping[nn.Module, Stack]) -> Iterator[None]:
+    """Within it, layers are stacked where the adapters and weights are still those of `install`; their A's are copied first."""
+    valid = [stack for stack in stacks.values() if stack.valid()]
+    if valid:
+        with torch.no_grad():
+            torch._foreach_copy_([t for s in valid for t in s.tails], [A for s in valid for A in s.masters()])
+    for stack in valid:
+        stack.on = True
+    try:
+        yield
+    finally:
+        for stack in valid:
+            stack.on = False
+
+
+def named(stacks: Mapping[nn.Module, Stack]) -> str:
+    """What is stacked, in words."""
+    counts = Counter(stack.names for stack in stacks.values())
+    return " and ".join(f"{', '.join(name.removesuffix('_proj') for name in names)} of {n} layers" for names, n in counts.items())

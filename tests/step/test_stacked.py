@@ -1,0 +1,223 @@
+"""Layers of one input as one product: the same loss and gradients, in one graph for all layers, and the model as it was afterwards."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.utils import counters
+
+import weft
+from tests.step.test_loss import build, rows
+from weft.data import pad
+from weft.kernels.gated import gated
+from weft.kernels.gated_stacked import gated_stacked
+from weft.kernels.stacked import padded, stacked, stacked_reference
+from weft.step import loss_sum, prepare
+from weft.step.check import BOUNDS, differences, measure
+from weft.step.gated import gated_mlps
+from weft.step.stackable import stacks
+from weft.step.stacked import install, uninstall, working
+
+quiet = pytest.mark.filterwarnings("ignore::DeprecationWarning", r"ignore:The \.grad attribute")  # what torch's compiler itself causes
+BEHIND = dict(q_proj=8, k_proj=3, v_proj=16, gate_proj=5, up_proj=8)  # ranks that are no multiples of 8, alone nor together
+
+
+def model_of(kind="Llama", method=None, dtype=torch.float32, extra=None):
+    model = build(kind, extra or {}).requires_grad_(False).to(dtype)
+    weft.adapt(model, method or weft.LoRA(rank=3, alpha=5, rank_pattern=BEHIND)).train()
+    parameters = weft.adapters.trainable(model, "default")
+    with torch.no_grad():
+        for p in parameters.values():
+            p.add_(0.05 * torch.randn_like(p))
+    return model, parameters
+
+
+@pytest.mark.parametrize("shape", [(5,), (2, 3)])
+@pytest.mark.parametrize(("outs", "ranks"), [((7,), (1,)), ((4, 9, 6), (3, 8, 2)), ((4, 9), (0, 5))])
+@pytest.mark.parametrize("added", [True, False])
+def test_the_operation_and_its_gradients(shape, outs, ranks, added):
+    torch.manual_seed(0)
+    inside, R = 11, padded(sum(ranks))
+    x, D = torch.randn(*shape, inside).double().requires_grad_(), torch.randn(sum(outs), R).double()
+    D[:, sum(ranks) :] = 0
+    D.requires_grad_()
+    A = [torch.randn(r, inside, requires_grad=True) for r in ranks if r]  # in another type than x
+    W = torch.randn(sum(outs) + R, inside).double()
+    W[sum(outs) :] = torch.cat([*(a.detach() for a in A), torch.zeros(R - sum(ranks), inside)])
+    Z, want = (f(x, W, A, D if added else None) for f in (stacked, stacked_reference))
+    torch.testing.assert_close(Z, want, rtol=1e-5, atol=1e-5)
+    dZ = torch.randn_like(Z)
+    if added:
+        dZ[..., sum(outs) :] = 0  # then S is nobody else's
+    leaves, before = [x, *A, *([D] if added else [])], dZ.clone()
+    for a, b in zip(*(torch.autograd.grad(z, leaves, dZ) for z in (Z, want)), strict=True):
+        assert a.dtype == b.dtype
+        torch.testing.assert_close(a[..., : sum(ranks)], b[..., : sum(ranks)], rtol=1e-5, atol=1e-5)
+    assert torch.equal(dZ, before)
+
+
+@pytest.mark.parametrize("gelu", [False, True])
+def test_a_gated_mlp_reads_and_writes_columns(gelu):
+    torch.manual_seed(1)
+    n, width, (rg, ru, rd), rest = 9, 13, (3, 5, 2), 4
+    Z = torch.randn(n, 2 * width + rg + ru + rest).double().requires_grad_()
+    Bg, Bu, A = (torch.randn(s).double().requires_grad_() for s in ((width, rg), (width, ru), (rd, width)))
+    cg = torch.rand(width).double().requires_grad_()
+    g, u, Sg, Su, _ = Z.split((width, width, rg, ru, rest), 1)
+    want, found = gated(g, u, Sg, Bg, Su, Bu, A, cg, None, gelu), gated_stacked(Z, Bg, Bu, A, cg, None, gelu)
+    given = [torch.randn_like(t) for t in want]
+    for a, b in zip((*found, *torch.autograd.grad(found, (Z, Bg, Bu, A, cg), given)),
+                    (*want, *torch.autograd.grad(want, (Z, Bg, Bu, A, cg), given)), strict=True):  # fmt: skip
+        torch.testing.assert_close(a, b)
+
+
+@quiet
+@pytest.mark.parametrize(("kind", "dtype", "fused", "method"), [
+    ("Llama", torch.float32, False, None), ("Qwen2", torch.bfloat16, False, None), ("Gemma3", torch.bfloat16, True, None),
+    ("Qwen3", torch.float32, True, weft.DoRA(rank=3)), ("Llama", torch.float32, False, weft.LoRA(rank=3, targets=["q_proj", "v_proj"])),
+])  # fmt: skip
+def test_compiled(monkeypatch, kind, dtype, fused, method):
+    """One graph for all layers; accumulated gradients, twice, the second time with other adapters' numbers; then the model is as it was."""
+    monkeypatch.setattr("weft.step.fast.usable", lambda t: fused)  # here the plain twin stands in for the kernels
+    model, parameters = model_of(kind, method, dtype, dict(num_hidden_layers=3) | (dict(head_dim=8) if kind in ("Qwen3", "Gemma3") else {}))
+    weights = {name: p.clone() for name, p in model.named_parameters() if not p.requires_grad}
+    batches, said = [pad(rows([9, 4, 7])), pad(rows([8, 9], seed=1))], []
+    counters.clear()
+    fast = prepare(model, batches[0], parameters, compile=True, say=said.append)
+    partly = method is not None and method.targets == ("q_proj", "v_proj")
+    assert not said and fast.compiled and len(fast.stacks) == (3 if partly else 6) and len(fast.mlps) == 3 * fused, said
+    assert "q, k, v of 3 layers" in fast.describe() and "self-check" in fast.said[0]
+    assert counters["stats"]["unique_graphs"] == 1  # of all layers
+    for _ in range(2):
+        got = measure(model, batches, fast.loss, parameters)
+        want = measure(model, batches, lambda b: loss_sum(model, b, unmasked=True), parameters)  # not within `working`: layer by layer
+        assert not (wrong := differences(got, want, BOUNDS["fp32" if dtype == torch.float32 else "16 bit"])[1]), wrong
+        with torch.no_grad():
+            for p in parameters.values():
+                p.mul_(-1.5)
+    assert counters["stats"]["unique_graphs"] == 2  # and of layers by themselves; the other batch's shape needs none
+    fast.close()
+    assert not any({"forward", "stack"} & vars(m).keys() for m in model.modules())
+    for name, p in model.named_parameters():
+        if not p.requires_grad:
+            assert torch.equal(p, weights[name]) and p.untyped_storage().nbytes() == p.nbytes, name
+
+
+def test_which_are_taken():
+    method, taken = weft.LoRA(rank=2), {}
+    extras = {"Mixtral": dict(num_local_experts=4), "GPT2": dict(n_embd=32, n_layer=2, n_head=4)}
+    for kind, extra in ({"Llama": {}, "Qwen2": {}} | extras).items():
+        model = build(kind, extra).requires_grad_(False)
+        weft.adapt(model, method)
+        taken[kind] = [stack.names[0] for stack in stacks(model, {}).values()]
+    both = ["q_proj", "gate_proj"] * 2
+    assert taken == {"Llama": both, "Qwen2": both, "Mixtral": ["q_proj"] * 2, "GPT2": []}
+    others = {"wide": weft.LoRA(rank=65), "lora_bias": weft.LoRA(rank=2, lora_bias=True), "dropout": weft.LoRA(rank=2, dropout=0.1)}
+    others |= {"elsewhere": weft.LoRA(rank=2, targets=["o_proj"]), "LoKr": weft.LoKr(rank=2)}
+    for name, other in others.items():
+        model, _ = model_of(method=other)
+        assert not stacks(model, {}), name
+    model = build("Llama", {}).requires_grad_(False)
+    weft.quant.quantise_(model, "nf4")
+    assert not stacks(weft.adapt(model, method), {})
+    model, _ = model_of(extra=dict(mlp_bias=True))
+    assert len(stacks(model, {})) == 4 and len(stacks(model, [layer.mlp for layer in model.model.layers])) == 2
+
+
+@pytest.mark.parametrize("touch", ["hook", "forward", "trained", "tied", "another input"])
+def test_what_is_unlike_the_others_is_left_alone(touch):
+    model, _ = model_of()
+    layers = model.model.layers
+    attention = layers[1].self_attn
+    assert attention in stacks(model, {})
+    if touch == "hook":
+        attention.k_proj.register_forward_hook(lambda *_: None)
+    elif touch == "forward":
+        attention.forward = attention.forward
+    elif touch == "trained":
+        attention.k_proj.weight.requires_grad_()
+    elif touch == "tied":
+        attention.k_proj.weight = attention.v_proj.weight
+    else:
+        class Apart(type(attention)):
+            def forward(self, hidden_states, *args, **kwargs):
+                keys, own = self.k_proj, dict(self._modules)
+                self._modules["k_proj"] = nn.Sequential(nn.Identity())
+                self._modules["k_proj"].forward = lambda x: keys(x + 0)
+                try:
+                    return super().forward(hidden_states, *args, **kwargs)
+                finally:
+                    self._modules = own
+
+        attention.__class__ = Apart
+    found = stacks(model, {})
+    assert attention not in found and layers[0].self_attn in found and layers[1].mlp in found
+
+
+def test_whatever_else_reads_the_model_meanwhile(tmp_path):
+    """Evaluation to the last bit, another adapter, merging, saving, copying."""
+    model, _ = model_of()
+    weft.adapt(model, weft.LoRA(rank=2), name="other")
+    weft.use(model, "default")
+    ids, batch = torch.randint(97, (2, 12)), pad(rows([9, 4]))
+    with torch.no_grad():
+        logits = model(ids).logits
+    want, state = loss_sum(model, batch).item(), {k: v.clone() for k, v in model.state_dict().items()}
+    found = stacks(model, {})
+    install(found, {})
+    with working(found), torch.no_grad():
+        assert torch.equal(model(ids).logits, logits)
+    with working(found):
+        assert all(stack.on for stack in found.values())
+        assert abs(loss_sum(model, batch).item() / want - 1) < 1e-5
+    with weft.using(model, "other"), working(found):
+        assert not any(stack.on for stack in found.values())
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path)
+    own = dict(again.named_parameters())
+    assert own and all(torch.equal(p, state[name]) for name, p in own.items())
+    copied = copy.deepcopy(model)
+    with torch.no_grad():
+        assert torch.equal(copied(ids).logits, logits)
+    weft.merge(model, "default")
+    with torch.no_grad():
+        merged = model(ids).logits
+    torch.testing.assert_close(merged, logits, rtol=1e-4, atol=1e-4)
+    with working(found), torch.no_grad():
+        assert not any(stack.on for stack in found.values()) and torch.equal(model(ids).logits, merged)
+    weft.unmerge(model)
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, logits)
+    with pytest.raises(ZeroDivisionError), working(found):
+        _ = 1 / 0
+    assert not any(stack.on for stack in found.values())
+    uninstall(found)
+    for name, p in model.named_parameters():
+        assert torch.equal(p, state[name]) and p.untyped_storage().nbytes() == p.nbytes, name
+
+
+@quiet
+@pytest.mark.parametrize("broken", ["wrong", "failing"])
+def test_stacking_goes_first(monkeypatch, broken):
+    """One that is wrong or fails costs the stacking, and neither the fused MLPs nor the compiled layers."""
+    import weft.step.stacked as module
+
+    def other(*given):
+        if broken == "failing":
+            raise RuntimeError("no such product")
+        return 1.1 * stacked(*given)
+
+    monkeypatch.setattr(module, "stacked", other)
+    monkeypatch.setattr("weft.step.fast.usable", lambda t: True)
+    model, parameters = model_of()
+    weights, said = {name: p.clone() for name, p in model.named_parameters()}, []
+    fast = prepare(model, pad(rows([9, 4, 7])), parameters, compile=True, say=said.append)
+    assert len(said) == 1 and "not stacked" in said[0] and ("does not agree" if broken == "wrong" else "no such product") in said[0], said
+    assert fast.compiled and len(fast.mlps) == 2 and not fast.stacks and "stacked" not in fast.describe()
+    fast.close()
+    assert all(torch.equal(p, weights[name]) and p.untyped_storage().nbytes() == p.nbytes for name, p in model.named_parameters())
+    assert gated_mlps(model)
