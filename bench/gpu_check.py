@@ -25,6 +25,7 @@ import torch
 from _common import save
 from _gpu_experts import check_experts
 from _gpu_graphs import check_graphs
+from _gpu_stacked import check_stacked
 
 import weft
 from weft.adapters import attached
@@ -308,6 +309,11 @@ def graphs() -> None:
     check_graphs(check, distance)
 
 
+def stacked() -> None:
+    """Layers of one input as one product, against fp64 and against layer by layer; where the kernels' time goes."""
+    check_stacked(check, distance)
+
+
 def training() -> None:
     """Twenty steps on the GPU against twenty on the CPU, in fp32."""
     tokenizer, losses = weft.load_tokenizer("embedded"), {}
@@ -339,7 +345,8 @@ def tests() -> None:
     CHECKS.append({"what": f"pytest {' '.join(places)}: {closing}", "error": None, "bound": None, "ok": done.returncode == 0})
 
 
-PARTS = (low_rank, quantised, few_tokens, gated_mlp, fused_loss, fp8, adapters, experts, packed, training, tests, graphs, fast_step)
+PARTS = (low_rank, quantised, few_tokens, gated_mlp, fused_loss, fp8, adapters, experts, packed, training, tests, graphs, stacked,
+         fast_step)  # fmt: skip
 
 
 def join(files: list[Path]) -> int:

@@ -1,0 +1,156 @@
+"""The part of gpu_check about layers of one input as one product: the operations against fp64, and compiled layers with and without."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+
+import weft
+from weft.data import Example, pad
+from weft.kernels.gated import gated_backward_reference, gated_reference
+from weft.kernels.gated_stacked import columns, gated_stacked
+from weft.kernels.stacked import padded, stacked, stacked_reference
+from weft.models import attention
+from weft.step import peak_memory, prepare, reset_peak_memory
+from weft.step.check import BOUNDS, differences, measure
+
+Check = Callable[[str, float, float], None]
+Distance = Callable[[Any, Any], float]
+CARD = torch.device("cuda")
+BOUND = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+TOKENS, STEPS = (4, 2048), 3
+SHAPES = {  # two layers of each
+    "8B": dict(hidden_size=4096, intermediate_size=14336, num_attention_heads=32, num_key_value_heads=8, head_dim=128),
+    "1B": dict(hidden_size=2048, intermediate_size=8192, num_attention_heads=32, num_key_value_heads=8, head_dim=64),
+}
+KINDS = {"nothing": (), "q, k, v": ("q_proj",), "gate, up": ("gate_proj",), "both": ("q_proj", "gate_proj")}  # by a group's first name
+
+
+def check_stacked(check: Check, distance: Distance) -> None:
+    products(check, distance)
+    insides(check, distance)
+    for shape in SHAPES:
+        layers(shape, check)
+
+
+def products(check: Check, distance: Distance) -> None:
+    for n, inside, outs, ranks in ((5, 24, (8, 24, 16), (3, 0, 1)), (333, 1000, (512, 128, 128), (16, 8, 20)),
+                                   (2049, 4096, (4096, 1024, 1024), (16, 16, 16)), (1024, 2048, (8192, 8192), (64, 33))):  # fmt: skip
+        width, R = sum(outs), padded(sum(ranks))
+        for dtype, bound in BOUND.items():
+            A = [torch.randn(r, inside, device=CARD).div(inside**0.5).to(dtype).float().requires_grad_() for r in ranks if r]
+            zeros = torch.zeros(R - sum(ranks), inside, device=CARD)
+            base = torch.randn(width, inside, device=CARD) / inside**0.5
+            W = torch.cat((base, *(a.detach() for a in A), zeros)).to(dtype)
+            x, D = torch.randn(n, inside, device=CARD, dtype=dtype), torch.randn(width, R, device=CARD).to(dtype) / 4
+            D[:, sum(ranks) :] = 0
+            dZ = torch.randn(n, width + R, device=CARD).to(dtype)
+            for added in (D, None):
+                given = dZ.clone()
+                given[:, width + (sum(ranks) if added is None else 0) :] = 0
+                worst = []
+                for wide in (dtype, torch.float64):
+                    leaves = [t.detach().to(wide).requires_grad_() for t in (x, *([] if added is None else [added]))]
+                    masters = [a.detach().to(torch.promote_types(wide, torch.float32)).requires_grad_() for a in A]
+                    work = stacked if wide == dtype else stacked_reference
+                    Z = work(leaves[0], W.to(wide), masters, *leaves[1:])
+                    grads = list(torch.autograd.grad(Z, [*leaves, *masters], given.to(wide)))
+                    if added is not None:
+                        grads[1] = grads[1][:, : sum(ranks)]
+                    worst.append([Z, *grads])
+                error = max(map(distance, *worst))
+                check(f"stacked {n}×{inside}→{outs}, ranks {ranks}, {dtype}{', S alone' if added is None else ''}", error, bound)
+
+
+def insides(check: Check, distance: Distance) -> None:
+    for n, width, (rg, ru, rd) in ((5, 8, (1, 2, 3)), (333, 1000, (8, 16, 20)), (2049, 14336, (16, 16, 16))):
+        R = padded(rg + ru)
+        exact = [torch.randn(s, device=CARD, dtype=torch.float64) / (4 if i else 1)
+                 for i, s in enumerate(((n, 2 * width + R), (width, rg), (width, ru), (rd, width)))]  # fmt: skip
+        c, given = 1 + torch.rand(width, device=CARD), [torch.randn(n, k, device=CARD) for k in (width, rd)]
+        for dtype, bound in BOUND.items():
+            leaves = [*(t.to(dtype).requires_grad_() for t in exact), c.clone().requires_grad_()]
+            dh, dS = (t.to(dtype) for t in given)
+            out = gated_stacked(*leaves[:4], None, leaves[4], gelu=n == 333)
+            got = (*out, *torch.autograd.grad(out, leaves, (dh, dS)))
+            Z, Bg, Bu, A, cu = (t.detach().double() for t in leaves)
+            g, u, Sg, Su, _ = columns(Z, Bg, Bu)
+            h = gated_reference(g, u, Sg, Bg, Su, Bu, None, cu, n == 333)
+            dg, du, dBg, dBu, dA, _, dc = gated_backward_reference(dh.double(), dS.double(), g, u, Sg, Bg, Su, Bu, A, None, cu, n == 333)
+            dZ = torch.cat((dg, du, dg @ Bg, du @ Bu, torch.zeros(n, R - rg - ru, device=CARD, dtype=torch.float64)), 1)
+            error = max(map(distance, got, (h, h @ A.T, dZ, dBg, dBu, dA, dc)))
+            check(f"gated MLP of stacked products {n}×{width}, {dtype}: worst of h, S and 5 gradients", error, bound)
+
+
+def layers(shape: str, check: Check) -> None:
+    """Two layers: loss and gradients with stacking against without, how long a layer's kernels take and how many they are."""
+    import transformers
+
+    config = transformers.LlamaConfig(**SHAPES[shape], num_hidden_layers=2, vocab_size=2000, max_position_embeddings=4096)
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16)
+    with CARD:
+        model = transformers.LlamaForCausalLM(config)
+    torch.set_default_dtype(torch.float32)
+    assert attention.use(model.requires_grad_(False)), attention.reason(model)
+    weft.adapt(model, weft.LoRA(rank=16)).train()
+    parameters = weft.adapters.trainable(model, "default")
+    with torch.no_grad():
+        for p in parameters.values():
+            p.add_(0.01 * torch.randn_like(p))
+            p.grad = torch.zeros_like(p)
+    weights = {name: p.clone() for name, p in model.named_parameters() if not p.requires_grad}
+    rng, (rows, length) = np.random.default_rng(0), TOKENS
+    examples = [Example(ids=rng.integers(3, 2000, length).astype(np.int32), bears=np.ones(length, bool), row=i) for i in range(rows)]
+    batch, said = replace(pad(examples), attention_mask=None).to(CARD), []
+    held = torch.cuda.memory_allocated()
+    fast = prepare(model, batch, parameters, memory=1.0, graphs=False, varying=False, say=said.append)
+    print(fast.describe(), *said, *fast.said, sep="\n  ")
+    check(f"stacked layers, {shape}: chosen, and agree", float(len(fast.stacks) != 4 or bool(said)), 0.0)
+    every, found = fast.stacks, {}
+    for kind, firsts in KINDS.items():
+        fast.close()
+        fast.stacks = {m: stack for m, stack in every.items() if stack.names[0] in firsts}
+        fast.install(1.0)
+        measure(model, [batch], fast.loss, parameters)  # compiles
+        found[kind] = measure(model, [batch], fast.loss, parameters)
+        seen = profiled(lambda: measure(model, [batch], fast.loss, parameters))
+        time, count = (sum(values) / STEPS for values in zip(*seen.values(), strict=True))
+        print(f"{shape}, {kind} stacked: {time:.3f} ms of kernels a step of two layers, {count:.0f} kernels; "
+              f"peak {(peak_memory(CARD) - held) / 1e6:.0f} MB over what is held", flush=True)  # fmt: skip
+        if kind in ("nothing", "both"):
+            for name, (t, n) in sorted(seen.items(), key=lambda item: -item[1][0])[:24]:
+                print(f"    {t / STEPS:8.3f} ms {n / STEPS:5.1f} × {name[:150]}")
+            copies = {name: t for name, (t, _) in seen.items() if "cat" in name or "copy" in name.lower()}
+            print(f"  {sum(copies.values()) / STEPS:.3f} ms in {len(copies)} kernels that copy or lay side by side, by their names")
+        if kind != "nothing":
+            how, wrong = differences(found[kind], found["nothing"], BOUNDS["16 bit"])
+            print(f"  {how}")
+            check(f"stacked layers, {shape}, {kind}: loss and gradients against layer by layer", float(bool(wrong)), 0.0)
+    fast.close()
+    same = all(torch.equal(p, weights[name]) and p.untyped_storage().nbytes() == p.nbytes
+               for name, p in model.named_parameters() if not p.requires_grad)  # fmt: skip
+    check(f"stacked layers, {shape}: weights afterwards, bit for bit and of their own memory", float(not same), 0.0)
+
+
+def profiled(step: Callable[[], Any]) -> dict[str, tuple[float, int]]:
+    """Name of a kernel -> (ms, how many) of STEPS steps; the peak of memory is theirs."""
+    step()
+    reset_peak_memory(CARD)
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
+        for _ in range(STEPS):
+            step()
+        torch.cuda.synchronize()
+    times: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
+    for e in seen.events():
+        if e.device_type == torch.autograd.DeviceType.CUDA:
+            times[e.name] += e.device_time / 1e3  # type: ignore[assignment]
+            counts[e.name] += 1
+    return {name: (t, counts[name]) for name, t in times.items()}
