@@ -31,7 +31,8 @@ def stacks(model: nn.Module, mlps: Container[nn.Module]) -> dict[nn.Module, Stac
             layers = [cast(Any, m._modules.get(name)) for name in names]
             if _able(m, layers) and all(owners[id(layer.weight)] == 1 and (m not in mlps or layer.bias is None) for layer in layers):
                 found[m] = Stack(names, layers)
-    return {m: stack for m, stack in found.items() if m in _same_input(model, found)}
+    alike = _same_input(model, found) if found else set()
+    return {m: stack for m, stack in found.items() if m in alike}
 
 
 def _same_input(model: nn.Module, stacks: dict[nn.Module, Stack]) -> set[nn.Module]:
