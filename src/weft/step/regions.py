@@ -10,7 +10,6 @@ again what the backward pass reads, and only that: the last product of a layer, 
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import cache
@@ -221,9 +220,6 @@ def install(
         # The cache of whole graphs passes by what holds an autograd Function, such as a packed layer's product. It need not: the compiler
         # has traced both its passes by then, and they are part of the key.
         aot.autograd_cache_allow_custom_autograd_functions = True
-        # The gradient of stacked layers is put together of four parts: one kernel that asks of every element which it is in takes three
-        # times as long as the parts' own, each writing to its place.
-        import_module("torch._inductor.config").max_pointwise_cat_inputs = 2
         torch._dynamo.reset()  # graphs of another budget
         torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)  # kinds of layer, modes, ranks
         # Where shapes vary every float (a scale, an epsilon) would be an input, as a tensor on the CPU: C++ to build in a card's graph.
@@ -239,7 +235,5 @@ def install(
 def uninstall(layers: list[nn.Module]) -> None:
     aot.activation_memory_budget, aot.activation_memory_budget_runtime_estimator, aot.is_non_builtin_to_include = 1.0, "flops", False
     aot.autograd_cache_allow_custom_autograd_functions = False
-    if "torch._inductor.config" in sys.modules:
-        sys.modules["torch._inductor.config"].max_pointwise_cat_inputs = 8
     for layer in layers:
         layer._compiled_call_impl = None

@@ -21,6 +21,8 @@ from weft.kernels.keep import keep
 from weft.kernels.stacked import padded, stacked
 from weft.step.gated import factors
 
+FUSED = 8  # parts of a tensor that inductor's lowering of cat writes by one kernel, at most
+
 
 class Stack:
     """Layers of one input. What is traced of it are tensors, layers and numbers that are alike in all of a kind, which share one graph."""
@@ -76,7 +78,7 @@ class Stack:
             before += rank
         made = []
         Z = stacked(x, self.W, self.masters(), torch.cat(Bs))
-        for name, layer, c, y in zip(self.names, self.layers, cs, Z.split([*self.outs, self.rank], -1), strict=False):
+        for name, layer, c, y in zip(self.names, self.layers, cs, Z.split([*self.outs, *self.rest()], -1), strict=False):
             if c is not None:
                 y = (y * c).to(y.dtype)
             elif layer.bias is not None:
@@ -85,6 +87,16 @@ class Stack:
                 y = keep(y)
             made.append(y)
         return made
+
+
+    def rest(self) -> list[int]:
+        """How what is behind the layers' parts is cut.
+
+        The gradient of Z is put together of as many parts. Up to eight the compiler writes by one kernel that asks of each element which
+        it is in, five times as slow as kernels of their own, each of which writes to its place.
+        """
+        pieces = FUSED + 1 - len(self.outs)
+        return [(i + 1) * self.rank // pieces - i * self.rank // pieces for i in range(pieces)]
 
 
 class Stand:
