@@ -3,7 +3,7 @@
     [y_1 | y_2 | … | S] = x Wᵀ        W = [W_1; W_2; …; A_1; A_2; …; 0]        y += S Dᵀ        D = diag(s_1 B_1, s_2 B_2, …)
 
 after LoRA (Hu et al. 2021, arXiv:2106.09685, eq. 3). x is read once, and its gradient is one product as well, [dy | dS] W with dS = dy D,
-where layer by layer it is the sum of six. The zeros make S as wide as a multiple of 8, so that rows begin where kernels want them to.
+where layer by layer it is the sum of six. The zeros make S as wide as a multiple of 64, so that rows begin where kernels want them to.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ from torch.utils.flop_counter import register_flop_formula
 from weft.kernels.keep import keep
 
 EIGHT = 8  # 16 bytes of bf16
+ALIGNED = 64  # 128 bytes: where the compiler lets rows begin, so that an operation is given what it was made for and no copy
 
 
 def padded(rank: int) -> int:
     """How many columns S has, and W rows for the A's."""
-    return -(-rank // EIGHT) * EIGHT
+    return -(-rank // ALIGNED) * ALIGNED
 
 
 def stacked_reference(x: Tensor, W: Tensor, A: Sequence[Tensor], D: Tensor | None = None) -> Tensor:
@@ -92,7 +93,7 @@ def stacked(x: Tensor, W: Tensor, A: Sequence[Tensor], D: Tensor | None = None) 
     """[y | S] (..., N + R), differentiable in x, in the A's and in D.
 
     Args:
-        x: (..., in). W: (N + R, in), whose last R rows hold the A's numbers in x's dtype and zeros behind; R is a multiple of 8.
+        x: (..., in). W: (N + R, in), whose last R rows hold the A's numbers in x's dtype and zeros behind; R is a multiple of 64.
         A: (r_i, in) each, in any dtype: what gets their gradients; their numbers are read in W.
         D: (N, R); None: nothing is added to y, and S is for the reader, who gives its gradient.
     """
