@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 import weft
 from tests.conftest import gpt2, llama
 from weft.models import packed, shards
+from weft.models.load import _check_numbers
 from weft.quant import FORMATS, is_quantised, quantise_
 
 IDS = torch.arange(5, 14)[None]
@@ -114,6 +115,21 @@ def test_weights_that_are_no_numbers_are_named(name: str, value: float, tmp_path
     damaged(saved(tmp_path, llama()), name, value)
     with pytest.raises(weft.WeftError, match=f"{name}.*NaN or Inf"):
         weft.load_base(tmp_path, "nf4", "cpu")
+
+
+def test_what_is_looked_at_on_a_card(tmp_path: Path) -> None:
+    """Whatever a file can hold and no packing has looked at: buffers too, such as the corrections of a router's scores."""
+    read = shards.Shards(saved(tmp_path, llama()))
+    model = weft.load_base(tmp_path, "nf4", "cpu")
+    model.model.register_buffer("own", torch.tensor([torch.inf]), persistent=False)  # such as a mask
+    model.model.register_buffer("correction", torch.zeros(3))
+    _check_numbers(read, model)
+    for name in ("model.correction", "model.norm.weight"):
+        held = model.state_dict()[name]
+        held[1] = torch.nan
+        with pytest.raises(weft.WeftError, match=f"{name}.*NaN or Inf"):
+            _check_numbers(read, model)
+        held[1] = 0
 
 
 def test_shards_that_are_not_whole_are_named_together(tmp_path: Path) -> None:

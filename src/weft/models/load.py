@@ -164,9 +164,14 @@ def _streamed(
         model.generation_config = transformers.GenerationConfig.from_pretrained(folder, local_files_only=True)
     model.to(place)
     if card:
-        for key, value in model.named_parameters():
-            shards.check(key, value)
+        _check_numbers(shards, model)
     return model.eval().requires_grad_(False)
+
+
+def _check_numbers(shards: Shards, model: nn.Module) -> None:
+    """Raises WeftError if something that was read holds NaN or Inf: parameters, and buffers that are kept in files."""
+    for key, value in model.state_dict().items():
+        shards.check(key, value)
 
 
 def _raw_config(source: str) -> dict[str, Any]:
