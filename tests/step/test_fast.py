@@ -181,6 +181,28 @@ def test_floats_are_constants_of_a_compiled_layer(monkeypatch, varying):
     assert not [v for v in values if isinstance(v, torch.SymFloat) or (isinstance(v, torch.Tensor) and v.dim() == 0)]
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_the_compilers_settings_are_the_users_again():
+    model = build("Llama", {})
+    layers = repeated(model)
+
+    def settings():
+        kept = ("activation_memory_budget", "activation_memory_budget_runtime_estimator", "is_non_builtin_to_include")
+        graphs = torch._functorch.config.autograd_cache_allow_custom_autograd_functions
+        return [getattr(torch._functorch.config, k) for k in kept] + [graphs, dynamo.specialize_float, dynamo.recompile_limit]
+
+    dynamo = torch._dynamo.config
+    with torch._functorch.config.patch(activation_memory_budget=0.7), dynamo.patch(recompile_limit=11):
+        before = settings()
+        install(layers, True, False, 0, False, 0.5)
+        install(layers, True, False, 0, False, 0.3)  # again, with nothing between
+        assert settings()[0] == 0.3
+        uninstall(layers)
+        assert settings() == before and 0.7 in before and 11 in before
+        uninstall(layers)
+        assert settings() == before
+
+
 def test_a_trial_that_fails_leaves_the_model_as_it_was(monkeypatch):
     def full(*_):
         raise torch.OutOfMemoryError("no room")

@@ -205,6 +205,14 @@ def warm() -> Thread:
     return thread
 
 
+_before: list[tuple[Any, str, Any]] = []  # torch's settings as they were before `install`, the first one first
+
+
+def _set(config: Any, name: str, value: Any) -> None:
+    _before.append((config, name, getattr(config, name)))
+    setattr(config, name, value)
+
+
 def install(
     layers: list[nn.Module], compile: bool, varying: bool, recompute: int, offload: bool, budget: float, chain: Chain | None = None
 ) -> None:
@@ -214,16 +222,17 @@ def install(
     """
     if compile:
         warm().join()
-        aot.activation_memory_budget = budget
-        aot.activation_memory_budget_runtime_estimator = import_module("weft.step.budget").Takes()  # only now: it imports the compiler
-        aot.is_non_builtin_to_include = True  # our own operations are weighed like torch's
+        _set(aot, "activation_memory_budget", budget)
+        takes = import_module("weft.step.budget").Takes()  # only now: it imports the compiler
+        _set(aot, "activation_memory_budget_runtime_estimator", takes)
+        _set(aot, "is_non_builtin_to_include", True)  # our own operations are weighed like torch's
         # The cache of whole graphs passes by what holds an autograd Function, such as a packed layer's product. It need not: the compiler
         # has traced both its passes by then, and they are part of the key.
-        aot.autograd_cache_allow_custom_autograd_functions = True
+        _set(aot, "autograd_cache_allow_custom_autograd_functions", True)
         torch._dynamo.reset()  # graphs of another budget
-        torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)  # kinds of layer, modes, ranks
+        _set(torch._dynamo.config, "recompile_limit", max(64, torch._dynamo.config.recompile_limit))  # kinds of layer, modes, ranks
         # Where shapes vary every float (a scale, an epsilon) would be an input, as a tensor on the CPU: C++ to build in a card's graph.
-        torch._dynamo.config.specialize_float = True
+        _set(torch._dynamo.config, "specialize_float", True)
     away = Offload() if offload else None
     for i, layer in enumerate(layers):
         region = Region(layer, compile, varying, i < recompute, away, chain)
@@ -233,7 +242,9 @@ def install(
 
 
 def uninstall(layers: list[nn.Module]) -> None:
-    aot.activation_memory_budget, aot.activation_memory_budget_runtime_estimator, aot.is_non_builtin_to_include = 1.0, "flops", False
-    aot.autograd_cache_allow_custom_autograd_functions = False
+    """Give the layers their own calls back, and torch its settings."""
+    while _before:
+        config, name, value = _before.pop()
+        setattr(config, name, value)
     for layer in layers:
         layer._compiled_call_impl = None
