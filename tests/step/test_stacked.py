@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
 from torch._dynamo.utils import counters
+from torch.utils.checkpoint import checkpoint
 
 import weft
 from tests.step.test_loss import build, rows
@@ -15,11 +17,12 @@ from weft.data import pad
 from weft.kernels.gated import gated
 from weft.kernels.gated_stacked import gated_stacked
 from weft.kernels.stacked import padded, stacked, stacked_reference
+from weft.step import gated as gated_module
 from weft.step import loss_sum, prepare
 from weft.step.check import BOUNDS, differences, measure
 from weft.step.gated import gated_mlps
 from weft.step.stackable import stacks
-from weft.step.stacked import install, uninstall, working
+from weft.step.stacked import STACK, install, uninstall, working
 
 quiet = pytest.mark.filterwarnings("ignore::DeprecationWarning", r"ignore:The \.grad attribute")  # what torch's compiler itself causes
 BEHIND = dict(q_proj=8, k_proj=3, v_proj=16, gate_proj=5, up_proj=8)  # ranks that are no multiples of 8, alone nor together
@@ -100,7 +103,7 @@ def test_compiled(monkeypatch, kind, dtype, fused, method):
                 p.mul_(-1.5)
     assert counters["stats"]["unique_graphs"] == 2  # and of layers by themselves; the other batch's shape needs none
     fast.close()
-    assert not any({"forward", "stack"} & vars(m).keys() for m in model.modules())
+    assert not any({"forward", STACK} & vars(m).keys() for m in model.modules())
     for name, p in model.named_parameters():
         if not p.requires_grad:
             assert torch.equal(p, weights[name]) and p.untyped_storage().nbytes() == p.nbytes, name
@@ -155,6 +158,54 @@ def test_what_is_unlike_the_others_is_left_alone(touch):
         attention.__class__ = Apart
     found = stacks(model, {})
     assert attention not in found and layers[0].self_attn in found and layers[1].mlp in found
+
+
+def test_dropout_that_begins_later():
+    """On an evaluating model there is none to see yet."""
+    model, _ = model_of(method=weft.LoRA(rank=3, dropout=0.5))
+    found = stacks(model.eval(), {})
+    install(found, {})
+    with working(found):
+        assert found and all(stack.on for stack in found.values())
+    model.train()
+    with working(found):
+        assert not any(stack.on for stack in found.values())
+    uninstall(found)
+
+
+def test_a_module_has_a_stack_of_its_own():
+    model, _ = model_of()
+    for layer in model.model.layers:
+        layer.self_attn.stack = layer.mlp.stack = 3
+    batch = pad(rows([9, 4]))
+    want, found, mlps = loss_sum(model, batch).item(), stacks(model, {}), gated_mlps(model)
+    gated_module.install(mlps)
+    assert abs(loss_sum(model, batch).item() / want - 1) < 1e-5
+    install(found, mlps)
+    with working(found):
+        assert abs(loss_sum(model, batch).item() / want - 1) < 1e-5
+    uninstall(found)
+    gated_module.uninstall(mlps)
+    assert all(layer.self_attn.stack == layer.mlp.stack == 3 for layer in model.model.layers)
+
+
+@quiet
+def test_layers_that_the_model_computes_again():
+    """In the backward pass, around the region, as transformers' own did before 5.23."""
+    model, parameters = model_of()
+
+    class Outside(type(model.model.layers[0])):
+        def __call__(self, *args, **kwargs):
+            return checkpoint(partial(super().__call__, **kwargs), *args, use_reentrant=False)
+
+    for layer in model.model.layers:
+        layer.__class__ = Outside
+        layer.gradient_checkpointing = True
+    model.eval()  # so that the newest ones stay out of it
+    said: list[str] = []
+    fast = prepare(model, pad(rows([9, 4, 7])), parameters, compile=True, say=said.append)
+    fast.close()
+    assert fast.compiled and not said, said
 
 
 def test_whatever_else_reads_the_model_meanwhile(tmp_path):

@@ -84,7 +84,7 @@ def _forward(self: Any, x: Tensor, gelu: bool) -> Tensor:
     """In training; evaluation, where DoRA keeps its norms, goes by the MLP's own."""
     if not (torch.is_grad_enabled() and ready(self)):  # another adapter may have come to work since
         return type(self).forward(self, x)  # type: ignore[no-any-return]
-    stack = getattr(self, "stack", None)
+    stack = getattr(self, "weft_stack", None)
     if stack is not None and stack.on:
         (_, Bg, cg), (_, Bu, cu), (Ad, Bd, cd) = (factors(self._modules[name], x.dtype) for name in MAPS)
         Z = stacked(x, stack.W, [self.gate_proj.plan.A, self.up_proj.plan.A])

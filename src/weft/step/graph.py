@@ -26,6 +26,7 @@ from torch.autograd.function import once_differentiable
 
 from weft.core import Site, Slot, WeftError
 from weft.step.capture import Card, Graphs, Unfit
+from weft.step.stacked import STACK
 
 if TYPE_CHECKING:
     from weft.step.regions import Region
@@ -208,7 +209,7 @@ class Chain:
         return (
             [m.training for m in self.modules],
             [vars(m).get("plan") for m in self.modules if isinstance(m, Site)],
-            [vars(m)["stack"].on for m in self.modules if "stack" in vars(m)],
+            [vars(m)[STACK].on for m in self.modules if STACK in vars(m)],
             [(t.data_ptr(), t.requires_grad) for t in self.held],
             [t._version for t in self.held if isinstance(t, nn.Parameter) and not t.requires_grad and not t.is_inference()],
         )

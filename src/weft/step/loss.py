@@ -118,7 +118,7 @@ def unmaskable(model: nn.Module, batch: Batch, head: nn.Linear | None = None) ->
     else:
         try:
             why = _needs_mask(model, batch.input_ids, head)
-        except (TypeError, ValueError, RuntimeError, AttributeError, IndexError, KeyError) as error:
+        except (TypeError, ValueError, RuntimeError, AttributeError, IndexError, KeyError, AssertionError) as error:
             why = f"it fails when tried ({type(error).__name__}: {error})"
     if why:
         logger.info("%s keeps the attention mask of padded rows: %s", type(_inner(model)).__name__, why)

@@ -24,6 +24,8 @@ def stacks(model: nn.Module, mlps: Container[nn.Module]) -> dict[nn.Module, Stac
 
     mlps: the gated ones whose inside is one operation; it has no place for biases.
     """
+    if any(getattr(m, "gradient_checkpointing", False) for m in model.modules()):
+        return {}  # what the model computes again it computes in the backward pass, when `working` is over and layers are by themselves
     owners = Counter(id(p) for _, m in modules(model) for p in m._parameters.values())
     found: dict[nn.Module, Stack] = {}
     for _, m in modules(model):
@@ -45,7 +47,7 @@ def _same_input(model: nn.Module, stacks: dict[nn.Module, Stack]) -> set[nn.Modu
     handles = [layer.register_forward_pre_hook(note, with_kwargs=True) for layer in seen]
     try:
         tried(model)
-    except (TypeError, ValueError, RuntimeError, AttributeError, IndexError, KeyError) as error:
+    except (TypeError, ValueError, RuntimeError, AttributeError, IndexError, KeyError, AssertionError) as error:
         logger.info("no layers are stacked: %s fails when tried (%s: %s)", type(model).__name__, type(error).__name__, error)
         return set()
     finally:

@@ -18,8 +18,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from weft.kernels.keep import keep
-from weft.kernels.stacked import EIGHT, padded, stacked
-from weft.step.gated import factors
+from weft.kernels.stacked import padded, stacked
+from weft.step.gated import factors, usual
+
+STACK = "weft_stack"  # where a module has its own, past its parameters and submodules
 
 FUSED = 8  # parts of a tensor that inductor's lowering of cat writes by one kernel, at most
 
@@ -57,10 +59,11 @@ class Stack:
         self.W, self.weights, self.tails = None, [], []
 
     def valid(self) -> bool:
-        """Whether the same adapters work on the same weights as when it was installed."""
+        """Whether the same adapters work on the same weights as when it was installed, and drop nothing now."""
         found = zip(self.layers, self.plans, self.weights, strict=True)
         return self.W is not None and all(
-            getattr(layer, "plan", None) is plan and layer.weight is weight and weight.data_ptr() == place
+            getattr(layer, "plan", None) is plan and (plan is None or usual(layer))
+            and layer.weight is weight and weight.data_ptr() == place
             for layer, plan, (weight, place) in found
         )
 
@@ -96,7 +99,7 @@ class Stack:
         it is in, five times as slow as kernels of their own, each of which writes to its place.
         """
         pieces = FUSED + 1 - len(self.outs)
-        return [EIGHT] * (pieces - 1) + [self.rank - EIGHT * (pieces - 1)]
+        return [(i + 1) * self.rank // pieces - i * self.rank // pieces for i in range(pieces)]
 
 
 class Stand:
@@ -130,14 +133,14 @@ class Hand:
 
 
 def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-    stack = self.stack
+    stack = self.weft_stack
     return type(self).forward(Stand(self, stack) if stack.on and torch.is_grad_enabled() else self, *args, **kwargs)
 
 
 def install(stacks: Mapping[nn.Module, Stack], mlps: Container[nn.Module]) -> None:
     """mlps: those that see for themselves (`weft.step.gated`)."""
     for module, stack in stacks.items():
-        vars(module)["stack"] = stack
+        vars(module)[STACK] = stack
         stack.install()
         if module not in mlps:
             module.forward = MethodType(_forward, module)  # one function for all of a kind, so that all layers share one compiled graph
@@ -145,9 +148,9 @@ def install(stacks: Mapping[nn.Module, Stack], mlps: Container[nn.Module]) -> No
 
 
 def uninstall(stacks: Mapping[nn.Module, Stack]) -> None:
-    installed = {module: stack for module, stack in stacks.items() if "stack" in vars(module)}
+    installed = {module: stack for module, stack in stacks.items() if STACK in vars(module)}
     for module, stack in installed.items():
-        del vars(module)["stack"]
+        del vars(module)[STACK]
         vars(module).pop("forward", None)
         stack.uninstall()
     _tidy(installed)
