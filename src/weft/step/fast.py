@@ -24,6 +24,7 @@ from math import prod
 from threading import Thread
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from weft.core import Adapter, WeftError, features, is_linear, modules
@@ -355,6 +356,8 @@ def _one_by_one(model: nn.Module, batch: Batch, random: bool) -> str:
         return "several adapters train, and whose rows are where changes from batch to batch"
     if getattr(model, "plan", None) is not None:  # a prefix's keys, where an ALoRA begins
         return "an adapter of the whole model hands its layers more than they are called with"
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        return "several processes train, which may exchange gradients in the middle of a backward pass"
     if any(getattr(m, "gradient_checkpointing", False) for m in model.modules()):
         return "the model recomputes its layers by itself (gradient checkpointing)"
     return ""
