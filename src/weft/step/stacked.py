@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from weft.kernels.keep import keep
-from weft.kernels.stacked import padded, stacked
+from weft.kernels.stacked import EIGHT, padded, stacked
 from weft.step.gated import factors, usual
 
 STACK = "weft_stack"  # where a module has its own, past its parameters and submodules
@@ -99,7 +99,7 @@ class Stack:
         it is in, five times as slow as kernels of their own, each of which writes to its place.
         """
         pieces = FUSED + 1 - len(self.outs)
-        return [(i + 1) * self.rank // pieces - i * self.rank // pieces for i in range(pieces)]
+        return [EIGHT] * (pieces - 1) + [self.rank - EIGHT * (pieces - 1)]
 
 
 class Stand:
