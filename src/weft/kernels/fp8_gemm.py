@@ -9,6 +9,7 @@ operands contiguous along the summed axis: the backward pass turns Wq round as i
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -47,11 +48,23 @@ def fp8_product_reference(q: Tensor, scale: Tensor, w: Tensor, w_scale: Tensor, 
     return y if y.dtype == dtype else y.to(dtype)  # a `to` that does nothing: see `weft.quant.layers.Product`
 
 
-def fp8_product(q: Tensor, scale: Tensor, w: Tensor, w_scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """The same on fp8 units, where q is on a card."""
-    if not q.is_cuda:
-        return fp8_product_reference(q, scale, w, w_scale, dtype)
-    return torch._scaled_mm(q, w.t(), scale_a=scale, scale_b=w_scale, out_dtype=dtype, use_fast_accum=True)
+def fp8_product(q: Tensor, scale: Tensor, w: Tensor, w_scale: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+    """The same on fp8 units, where q is on a card. out: where to write it, perhaps columns of a wider tensor."""
+    if out is not None and q.is_cuda and _into_columns(q.device):
+        return torch._scaled_mm(q, w.t(), scale_a=scale, scale_b=w_scale, out_dtype=dtype, use_fast_accum=True, out=out)
+    if q.is_cuda:
+        y = torch._scaled_mm(q, w.t(), scale_a=scale, scale_b=w_scale, out_dtype=dtype, use_fast_accum=True)
+    else:
+        y = fp8_product_reference(q, scale, w, w_scale, dtype)
+    return y if out is None else out.copy_(y)
+
+
+@cache
+def _into_columns(device: torch.device) -> bool:
+    """Whether torch multiplies by cuBLASLt (Hopper, CUDA 12.9), which heeds the distance from row to row of what it writes into. Some
+    of the CUTLASS kernels that it has for other cards do not."""
+    built = tuple(map(int, (torch.version.cuda or "0.0").split(".")[:2]))
+    return torch.cuda.get_device_capability(device)[0] == 9 and built >= (12, 9)
 
 
 class _Fp8Linear(torch.autograd.Function):

@@ -101,6 +101,7 @@ class Fast:
         self.close()
         for layer in self.narrow.values():
             layer.narrow = True
+        self.stacks = {m: stack for m, stack in self.stacks.items() if stack.able()}  # a layer too far off in fp8 leaves its group alone
         if self.compiled:
             gated.install(self.mlps)
             stacked.install(self.stacks, self.mlps)
@@ -176,18 +177,17 @@ def prepare(
     heads = [fusible(model) for _ in each(model, batch)]
     head = heads[0] if all(h is heads[0] for h in heads) else None
     level = _level(batch, memory, layers, compiled)
+    narrow = narrowable(model) if (self_check if fp8 is None else fp8) else {}
+    if fp8 and not narrow:
+        say("no product can be in fp8 here (that takes base: fp8, and a card with fp8 units): they are computed from decoded weights")
     with routed(model, batch):
-        fast = Fast(model, compiled, head, varying, level, layers, cuda, unmaskable(model, batch, head))
+        fast = Fast(model, compiled, head, varying, level, layers, cuda, unmaskable(model, batch, head), narrow)
         if compiled and usable(batch.input_ids):
             fast.mlps = gated.gated_mlps(model)
         if compiled:
-            fast.stacks = stacks(model, fast.mlps)
+            fast.stacks = stacks(model, fast.mlps, narrow.values())
     if compiled:
         warm()
-    if self_check if fp8 is None else fp8:
-        fast.narrow = narrowable(model)
-        if fp8 and not fast.narrow:
-            say("no product can be in fp8 here (that takes base: fp8, and a card with fp8 units): they are computed from decoded weights")
     fast.ahead = early.launch(fast.mlps, head, batch.input_ids) if compiled and cuda else None
     if not fast.compiled and fast.head is None and not fast.unmasked and not fast.narrow:
         fast.install(fast.level)

@@ -14,7 +14,6 @@ from weft.core import Site, is_linear, modules, unmerged
 from weft.kernels.gated import gated
 from weft.kernels.gated_stacked import gated_stacked
 from weft.kernels.keep import keep
-from weft.kernels.stacked import stacked
 from weft.methods.dora import DecomposedLinear
 from weft.methods.lora_linear import LowRank
 
@@ -87,8 +86,7 @@ def _forward(self: Any, x: Tensor, gelu: bool) -> Tensor:
     stack = getattr(self, "weft_stack", None)
     if stack is not None and stack.on:
         (_, Bg, cg), (_, Bu, cu), (Ad, Bd, cd) = (factors(self._modules[name], x.dtype) for name in MAPS)
-        Z = stacked(x, stack.W, [self.gate_proj.plan.A, self.up_proj.plan.A])
-        h, S = gated_stacked(Z, Bg, Bu, Ad, cg, cu, gelu)
+        h, S = gated_stacked(stack.product(x), Bg, Bu, Ad, cg, cu, gelu)
     else:
         g, u = self.gate_proj.frozen(x), self.up_proj.frozen(x)
         (Ag, Bg, cg), (Au, Bu, cu), (Ad, Bd, cd) = (factors(self._modules[name], g.dtype) for name in MAPS)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Container
+from collections.abc import Collection, Container
 from typing import Any, cast
 
 from torch import Tensor, nn
 
 from weft.core import Site, base_class, is_sharded, modules, unmerged
 from weft.kernels.stacked import EIGHT
+from weft.quant import QuantLinear
 from weft.step.gated import touched, usual
 from weft.step.loss import tried
 from weft.step.stacked import Stack
@@ -19,19 +20,20 @@ logger = logging.getLogger("weft")
 GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
-def stacks(model: nn.Module, mlps: Container[nn.Module]) -> dict[nn.Module, Stack]:
+def stacks(model: nn.Module, mlps: Container[nn.Module], narrow: Collection[nn.Module] = ()) -> dict[nn.Module, Stack]:
     """The modules some of whose layers can be stacked, and how.
 
-    mlps: the gated ones whose inside is one operation; it has no place for biases.
+    mlps: the gated ones whose inside is one operation; it has no place for biases. narrow: the layers that may multiply in fp8.
     """
     if any(getattr(m, "gradient_checkpointing", False) for m in model.modules()):
         return {}  # what the model computes again it computes in the backward pass, when `working` is over and layers are by themselves
+    narrow = set(narrow)
     owners = Counter(id(p) for _, m in modules(model) for p in m._parameters.values())
     found: dict[nn.Module, Stack] = {}
     for _, m in modules(model):
         for names in GROUPS:
             layers = [cast(Any, m._modules.get(name)) for name in names]
-            if _able(m, layers) and all(owners[id(layer.weight)] == 1 and (m not in mlps or layer.bias is None) for layer in layers):
+            if _able(m, layers, narrow) and all(owners[id(one.weight)] == 1 and (m not in mlps or one.bias is None) for one in layers):
                 found[m] = Stack(names, layers)
     alike = _same_input(model, found) if found else set()
     return {m: stack for m, stack in found.items() if m in alike}
@@ -60,19 +62,22 @@ def _same_input(model: nn.Module, stacks: dict[nn.Module, Stack]) -> set[nn.Modu
     return {m for m, stack in stacks.items() if same([seen[layer] for layer in stack.layers])}
 
 
-def _able(module: nn.Module, layers: list[Any]) -> bool:
+def _able(module: nn.Module, layers: list[Any], narrow: Container[nn.Module]) -> bool:
     """Frozen plain layers alike, at least one with LoRA or DoRA, and nobody's hand on them."""
-    if getattr(module, "plan", None) is not None or touched(module) or not all(map(_plain, layers)):
+    if getattr(module, "plan", None) is not None or touched(module) or not all(_plain(layer, narrow) for layer in layers):
         return False
-    kinds = {(layer.in_features, layer.weight.dtype, layer.weight.device) for layer in layers}
+    kinds = {(layer.in_features, layer.weight.dtype, layer.weight.device, getattr(layer, "dtype", None)) for layer in layers}
     return len(kinds) == 1 and any(getattr(layer, "plan", None) is not None for layer in layers)
 
 
-def _plain(layer: Any) -> bool:
-    if layer is None or base_class(layer) is not nn.Linear or touched(layer) or unmerged(layer) is not layer:
+def _plain(layer: Any, narrow: Container[nn.Module]) -> bool:
+    fp8 = layer in narrow
+    if layer is None or base_class(layer) is not (QuantLinear if fp8 else nn.Linear) or touched(layer) or unmerged(layer) is not layer:
         return False
     W, b = layer.weight, layer.bias
-    if W.requires_grad or is_sharded(W) or type(W.data) is not Tensor or W.is_meta or W.dtype.itemsize < 2 or not W.is_contiguous():
+    if W.requires_grad or is_sharded(W) or type(W.data) is not Tensor or W.is_meta or not W.is_contiguous():
+        return False
+    if W.dtype.itemsize < 2 and not fp8:
         return False
     if (b is not None and b.requires_grad) or layer.in_features % EIGHT or layer.out_features % EIGHT:
         return False

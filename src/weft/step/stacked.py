@@ -1,8 +1,9 @@
 """Linear layers that are given the very same input (q, k and v; gate and up) as one product, their adapters' part included.
 
-Their frozen weights come to lie in one tensor, above a copy of their adapters' A (`weft.kernels.stacked`). A layer's own weight is a view
-of its rows, so whatever else reads it finds it as it was. The module around them runs its own forward with a stand-in for itself, whose q,
-k and v hand out what one product made; the model's code stays as it is.
+Their frozen weights come to lie in one tensor, above a copy of their adapters' A (`weft.kernels.stacked`), or beside one where they
+multiply in fp8 (`weft.kernels.fp8_stacked`). A layer's own weight is a view of its rows, so whatever else reads it finds it as it was. The
+module around them runs its own forward with a stand-in for itself, whose q, k and v hand out what one product made; the model's code stays
+as it is.
 """
 
 from __future__ import annotations
@@ -17,8 +18,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from weft.kernels.fp8_gemm import E4M3
+from weft.kernels.fp8_stacked import fp8_stacked
 from weft.kernels.keep import keep
 from weft.kernels.stacked import EIGHT, padded, stacked
+from weft.quant import QuantLinear
 from weft.step.gated import factors, usual
 
 STACK = "weft_stack"  # where a module has its own, past its parameters and submodules
@@ -36,43 +40,65 @@ class Stack:
         self.ranks = [0 if plan is None else len(plan.A) for plan in self.plans]
         self.rank = padded(sum(self.ranks))
         self.on = False  # within `working`: W holds the A's as they are
+        self.fp8 = isinstance(layers[0], QuantLinear)
         self.W: Tensor | None = None
-        self.weights: list[tuple[nn.Parameter, int]] = []  # and where in memory each lies
+        self.scale: Tensor | None = None  # of fp8, a row
+        self.rows: Tensor | None = None  # the A's
+        self.held: list[tuple[Any, str, Tensor, int]] = []  # a layer, which of its tensors, that, and where in memory it lies
         self.tails: list[Tensor] = []
 
     def install(self) -> None:
-        weights = [cast(nn.Parameter, layer.weight) for layer in self.layers]
-        self.W = weights[0].data.new_empty(sum(self.outs) + self.rank, weights[0].shape[1])
-        *rows, tail = self.W.split([*self.outs, self.rank])
-        for weight, place in zip(weights, rows, strict=True):
-            weight.data = place.copy_(weight.data)
-            self.weights.append((weight, weight.data_ptr()))
+        if self.fp8:
+            self.W, self.scale = self._gather("weight").view(E4M3), self._gather("weight_scale")
+            self.rows = self.W.new_empty(self.rank, self.W.shape[1], dtype=self.layers[0].dtype)
+        else:
+            self.W = self._gather("weight", self.rank)
+            self.rows = self.W[sum(self.outs) :]
         # Writes to .data are not counted: they bring the same numbers, and a backward pass may be owed, until somebody steps.
-        *tails, rest = tail.data.split([*self.ranks, self.rank - sum(self.ranks)])
+        *tails, rest = self.rows.data.split([*self.ranks, self.rank - sum(self.ranks)])
         self.tails = [t for t in tails if len(t)]
         rest.zero_()
 
+    def _gather(self, name: str, behind: int = 0) -> Tensor:
+        """A tensor of each layer in one, with so many rows behind."""
+        tensors = [cast(Tensor, getattr(layer, name)) for layer in self.layers]
+        whole = tensors[0].data.new_empty(sum(self.outs) + behind, tensors[0].shape[1])
+        for layer, tensor, place in zip(self.layers, tensors, whole.split([*self.outs, *[behind] * bool(behind)]), strict=False):
+            tensor.data = place.copy_(tensor.data)
+            self.held.append((layer, name, tensor, tensor.data_ptr()))
+        return whole
+
     def uninstall(self) -> None:
-        for weight, place in self.weights:
-            if weight.data_ptr() == place:
-                weight.data = weight.data.clone()
-        self.W, self.weights, self.tails = None, [], []
+        for _, _, tensor, place in self.held:
+            if tensor.data_ptr() == place:
+                tensor.data = tensor.data.clone()
+        self.W, self.scale, self.rows, self.held, self.tails = None, None, None, [], []
+
+    def able(self) -> bool:
+        """Whether all of its layers multiply alike: where they are in fp8, each of them still does so."""
+        return all(layer.narrow for layer in self.layers) if self.fp8 else True
 
     def valid(self) -> bool:
         """Whether the same adapters work on the same weights as when it was installed, and drop nothing now."""
-        found = zip(self.layers, self.plans, self.weights, strict=True)
-        return self.W is not None and all(
-            getattr(layer, "plan", None) is plan and (plan is None or usual(layer))
-            and layer.weight is weight and weight.data_ptr() == place
-            for layer, plan, (weight, place) in found
+        return (
+            self.W is not None
+            and all(getattr(layer, "plan", None) is plan for layer, plan in zip(self.layers, self.plans, strict=True))
+            and all(usual(layer) for layer, plan in zip(self.layers, self.plans, strict=True) if plan is not None)
+            and all(getattr(layer, name) is tensor and tensor.data_ptr() == place for layer, name, tensor, place in self.held)
         )
 
     def masters(self) -> list[Tensor]:
         return [plan.A for plan in self.plans if plan is not None]
 
+    def product(self, x: Tensor, D: Tensor | None = None) -> Tensor:
+        """[y_1 | y_2 | … | S]. D: of what the adapters add to the y's."""
+        assert self.W is not None and self.rows is not None
+        if self.scale is None:
+            return stacked(x, self.W, self.masters(), D)
+        return fp8_stacked(x, self.W, self.scale, self.rows, self.masters(), D)
+
     def parts(self, x: Tensor) -> list[Tensor]:
         """What each layer makes of x with its adapter."""
-        assert self.W is not None
         Bs, cs, before = [], [], 0
         for layer, plan, rank, out in zip(self.layers, self.plans, self.ranks, self.outs, strict=True):
             _, B, c = (None, x.new_zeros(out, 0), None) if plan is None else factors(layer, x.dtype)
@@ -80,7 +106,7 @@ class Stack:
             cs.append(c)
             before += rank
         made = []
-        Z = stacked(x, self.W, self.masters(), torch.cat(Bs))
+        Z = self.product(x, torch.cat(Bs))
         for name, layer, c, y in zip(self.names, self.layers, cs, Z.split([*self.outs, *self.rest()], -1), strict=False):
             if c is not None:
                 y = (y * c).to(y.dtype)
