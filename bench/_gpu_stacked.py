@@ -12,10 +12,13 @@ import torch
 
 import weft
 from weft.data import Example, pad
+from weft.kernels.fp8_gemm import E4M3, fp8_linear, fp8_product, quantise_rows
+from weft.kernels.fp8_stacked import fp8_stacked, fp8_stacked_reference
 from weft.kernels.gated import gated_backward_reference, gated_reference
 from weft.kernels.gated_stacked import columns, gated_stacked
 from weft.kernels.stacked import padded, stacked, stacked_reference
 from weft.models import attention
+from weft.quant import FORMATS, quantise_
 from weft.step import peak_memory, prepare, reset_peak_memory
 from weft.step.check import BOUNDS, differences, measure
 
@@ -28,6 +31,10 @@ SHAPES = {  # two layers of each
     "8B": dict(hidden_size=4096, intermediate_size=14336, num_attention_heads=32, num_key_value_heads=8, head_dim=128),
     "1B": dict(hidden_size=2048, intermediate_size=8192, num_attention_heads=32, num_key_value_heads=8, head_dim=64),
 }
+FP8_SHAPES = (  # tokens, in, outs, ranks
+    (5, 32, (16, 48, 16), (3, 0, 1)), (192, 1024, (4096, 512, 512), (8, 8, 8)), (333, 1008, (512, 128, 128), (16, 8, 20)),
+    (2049, 4096, (4096, 1024, 1024), (16, 16, 16)), (8192, 4096, (14336, 14336), (16, 16)), (1024, 2048, (8192, 8192), (64, 33)),
+)  # fmt: skip
 KINDS = {"nothing": (), "q, k, v": ("q_proj",), "gate, up": ("gate_proj",), "both": ("q_proj", "gate_proj")}  # by a group's first name
 
 
@@ -36,6 +43,11 @@ def check_stacked(check: Check, distance: Distance) -> None:
     insides(check, distance)
     for shape in SHAPES:
         layers(shape, check)
+
+
+def check_stacked_fp8(check: Check, distance: Distance) -> None:
+    products_in_fp8(check, distance)
+    layers("8B", check, "fp8")
 
 
 def products(check: Check, distance: Distance) -> None:
@@ -67,6 +79,46 @@ def products(check: Check, distance: Distance) -> None:
                 check(f"stacked {n}×{inside}→{outs}, ranks {ranks}, {dtype}{', S alone' if added is None else ''}", error, bound)
 
 
+def products_in_fp8(check: Check, distance: Distance) -> None:
+    """Against the twin, which multiplies in fp8 by itself; and that twin's own columns, where it writes into a wider tensor."""
+    for n, inside, outs, ranks in FP8_SHAPES:
+        width, R, bf16 = sum(outs), padded(sum(ranks)), torch.bfloat16
+        what = f"stacked in fp8 {n}×{inside}→{outs}, ranks {ranks}"
+        held = [FORMATS["fp8"].pack(torch.randn(out, inside, device=CARD) / inside**0.5) for out in outs]
+        W = torch.cat([h["weight"].view(torch.uint8) for h in held]).view(E4M3)
+        scale = torch.cat([h["scale"] for h in held])
+        x, D = torch.randn(n, inside, device=CARD, dtype=bf16), torch.randn(width, R, device=CARD).to(bf16) / 4
+        q, q_scale = quantise_rows(x)
+        wide = torch.full((n, width + R + 8), torch.nan, device=CARD, dtype=bf16)
+        y = fp8_product(q, q_scale, W, scale.T, bf16, out=wide[:, 8 : 8 + width])
+        check(f"{what}: into columns", distance(y, fp8_product(q, q_scale, W, scale.T, bf16)), 1e-3)
+        check("  what lies beside them is left alone", abs(int(wide.isnan().sum()) - n * (R + 8)), 0)
+        A = [torch.randn(r, inside, device=CARD).div(inside**0.5).to(bf16).float().requires_grad_() for r in ranks if r]
+        rows = torch.cat((*(a.detach() for a in A), torch.zeros(R - sum(ranks), inside, device=CARD))).to(bf16)
+        D[:, sum(ranks) :] = 0
+        dZ = torch.randn(n, width + R, device=CARD).to(bf16)
+        for added in (D, None):
+            given = dZ.clone()
+            given[:, width + (sum(ranks) if added is None else 0) :] = 0
+            leaves = [x.requires_grad_(), *A, *([] if added is None else [added.requires_grad_()])]
+            found = []
+            for work in (lambda *t: fp8_stacked(*t[:3], rows, *t[3:]), fp8_stacked_reference):
+                Z = work(x, W, scale, A, added)
+                grads = list(torch.autograd.grad(Z, leaves, given))
+                if added is not None:
+                    grads[-1] = grads[-1][:, : sum(ranks)]
+                found.append([Z, *grads])
+            check(f"{what}{', S alone' if added is None else ''}: worst of Z and its gradients", max(map(distance, *found)), BOUND[bf16])
+        apart, parts = x.detach().requires_grad_(), dZ[:, :width].split(outs, 1)
+        each = [fp8_linear(apart, h["weight"].view(E4M3), h["scale"]) for h in held]
+        exact = sum(d.double() @ h["weight"].view(E4M3).double().mul(h["scale"]) for d, h in zip(parts, held, strict=True))
+        dZ[:, width:] = 0
+        (one,) = torch.autograd.grad(fp8_stacked(apart, W, scale, rows, A), apart, dZ)
+        (by_layer,) = torch.autograd.grad(each, apart, parts)
+        print(f"  dx from exact: {distance(one, exact):.4f} in one product, {distance(by_layer, exact):.4f} layer by layer")
+        check(f"{what}: dx against exact", distance(one, exact), 6e-2)
+
+
 def insides(check: Check, distance: Distance) -> None:
     for n, width, (rg, ru, rd) in ((5, 8, (1, 2, 3)), (333, 1000, (8, 16, 20)), (2049, 14336, (16, 16, 16))):
         R = padded(rg + ru)
@@ -87,7 +139,7 @@ def insides(check: Check, distance: Distance) -> None:
             check(f"gated MLP of stacked products {n}×{width}, {dtype}: worst of h, S and 5 gradients", error, bound)
 
 
-def layers(shape: str, check: Check) -> None:
+def layers(shape: str, check: Check, base: str = "bf16") -> None:
     """Two layers: loss and gradients with stacking against without, how long a layer's kernels take and how many they are."""
     import transformers
 
@@ -97,6 +149,9 @@ def layers(shape: str, check: Check) -> None:
     with CARD:
         model = transformers.LlamaForCausalLM(config)
     torch.set_default_dtype(torch.float32)
+    if base != "bf16":
+        quantise_(model, base)
+        shape = f"{shape} {base}"
     assert attention.use(model.requires_grad_(False)), attention.reason(model)
     weft.adapt(model, weft.LoRA(rank=16)).train()
     parameters = weft.adapters.trainable(model, "default")
@@ -104,13 +159,15 @@ def layers(shape: str, check: Check) -> None:
         for p in parameters.values():
             p.add_(0.01 * torch.randn_like(p))
             p.grad = torch.zeros_like(p)
-    weights = {name: p.clone() for name, p in model.named_parameters() if not p.requires_grad}
+    weights = {name: t.clone() for name, t in frozen(model)}
     rng, (rows, length) = np.random.default_rng(0), TOKENS
     examples = [Example(ids=rng.integers(3, 2000, length).astype(np.int32), bears=np.ones(length, bool), row=i) for i in range(rows)]
     batch, said = replace(pad(examples), attention_mask=None).to(CARD), []
     held = torch.cuda.memory_allocated()
     fast = prepare(model, batch, parameters, memory=1.0, graphs=False, varying=False, say=said.append)
     print(fast.describe(), *said, *fast.said, sep="\n  ")
+    fp8 = all(stack.fp8 for stack in fast.stacks.values()) and len(fast.narrow) == 14
+    check(f"stacked layers, {shape}: products in fp8", float(fp8 != (base == "fp8")), 0.0)
     check(f"stacked layers, {shape}: chosen, and agree", float(len(fast.stacks) != 4 or bool(said)), 0.0)
     every, found = fast.stacks, {}
     for kind, firsts in KINDS.items():
@@ -133,9 +190,14 @@ def layers(shape: str, check: Check) -> None:
             print(f"  {how}")
             check(f"stacked layers, {shape}, {kind}: loss and gradients against layer by layer", float(bool(wrong)), 0.0)
     fast.close()
-    same = all(torch.equal(p, weights[name]) and p.untyped_storage().nbytes() == p.nbytes
-               for name, p in model.named_parameters() if not p.requires_grad)  # fmt: skip
+    same = all(torch.equal(t, weights[name]) and t.untyped_storage().nbytes() == t.nbytes for name, t in frozen(model))
     check(f"stacked layers, {shape}: weights afterwards, bit for bit and of their own memory", float(not same), 0.0)
+
+
+def frozen(model: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
+    """The base's weights and their scales."""
+    scales = [(name, t) for name, t in model.named_buffers() if name.endswith("weight_scale")]
+    return [(name, p) for name, p in model.named_parameters() if not p.requires_grad] + scales
 
 
 def profiled(step: Callable[[], Any]) -> dict[str, tuple[float, int]]:

@@ -25,7 +25,7 @@ import torch
 from _common import save
 from _gpu_experts import check_experts
 from _gpu_graphs import check_graphs
-from _gpu_stacked import check_stacked
+from _gpu_stacked import check_stacked, check_stacked_fp8
 
 import weft
 from weft.adapters import attached
@@ -314,6 +314,12 @@ def stacked() -> None:
     check_stacked(check, distance)
 
 
+def stacked_fp8() -> None:
+    """The same on an fp8 base."""
+    if can_fp8(torch.device(DEVICE)):
+        check_stacked_fp8(check, distance)
+
+
 def training() -> None:
     """Twenty steps on the GPU against twenty on the CPU, in fp32."""
     tokenizer, losses = weft.load_tokenizer("embedded"), {}
@@ -346,7 +352,7 @@ def tests() -> None:
 
 
 PARTS = (low_rank, quantised, few_tokens, gated_mlp, fused_loss, fp8, adapters, experts, packed, training, tests, graphs, stacked,
-         fast_step)  # fmt: skip
+         stacked_fp8, fast_step)  # fmt: skip
 
 
 def join(files: list[Path]) -> int:
