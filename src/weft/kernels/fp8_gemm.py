@@ -49,7 +49,7 @@ def fp8_product_reference(q: Tensor, scale: Tensor, w: Tensor, w_scale: Tensor, 
 
 
 def fp8_product(q: Tensor, scale: Tensor, w: Tensor, w_scale: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
-    """The same on fp8 units, where q is on a card. out: where to write it, perhaps columns of a wider tensor."""
+    """The same on fp8 units, where q is on a card. out: where to write it, perhaps a wider tensor's first columns."""
     if out is not None and q.is_cuda and _into_columns(q.device):
         return torch._scaled_mm(q, w.t(), scale_a=scale, scale_b=w_scale, out_dtype=dtype, use_fast_accum=True, out=out)
     if q.is_cuda:
