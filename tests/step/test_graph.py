@@ -279,6 +279,36 @@ def test_what_python_decides_makes_new_graphs():
     assert "again and again" in chain.why
 
 
+def replaced(model):
+    layer = model.model.layers[1].mlp.up_proj
+    layer.weight = nn.Parameter(0.5 * layer.weight, requires_grad=False)
+
+
+def scaled(model):
+    model.model.layers[1].mlp.up_proj.plan.scale *= 3
+
+
+def another(model):
+    weft.adapt(model, weft.LoRA(rank=2), name="new")
+    weft.use(model, "new")
+
+
+@pytest.mark.parametrize("change", [replaced, scaled, another])
+def test_what_is_put_in_the_place_of_something(change):
+    """The graph would go on with what was there, and the next one's gradients are of what is there now."""
+    model = adapted()
+    chain = started(model, BATCH)
+    (first,) = chain.graphs.values()
+    change(model)
+    loss(model, BATCH)
+    assert not chain.graphs
+    loss(model, BATCH)
+    (second,) = chain.graphs.values()
+    name = "new" if change is another else "default"
+    trained = {id(p) for p in weft.adapters.trainable(model, name).values()}
+    assert second is not first and {id(p) for p, _ in second.sums} == trained
+
+
 def test_evaluation_and_single_layers_pass_the_chain_by():
     model = adapted()
     chain = started(model, BATCH)

@@ -124,13 +124,14 @@ class Chain:
 
     def _watched(self, x: Tensor, calls: list[Call]) -> None:
         """It is a chain."""
-        self.modules = [m for region in self.regions for m in region.layer.modules() if not isinstance(m, Slot)]
-        held = (t for region in self.regions for t in (*region.layer.parameters(), *region.layer.buffers()))
-        self.held = list({id(t): t for t in held}.values())
+        self._enumerate()
         if hooked := next((m for m in self.modules if _hooked(m)), None):
             self.stop(f"there are hooks in the layers ({type(hooked).__name__})")
         self.known = True
         self._ready(x, calls)
+
+    def _enumerate(self) -> None:
+        self.modules = [m for region in self.regions for m in region.layer.modules() if not isinstance(m, Slot)]
 
     def _pass(self, x: Tensor, calls: list[Call]) -> Tensor:
         graphs = self._ready(x, calls)
@@ -160,9 +161,10 @@ class Chain:
             self.stop(str(e))
         if self.why or torch.is_autocast_enabled(x.device.type) or any(_hooked(region.layer) for region in self.regions):
             return None
-        if (facts := self._facts()) != self.facts:
+        if self._facts() != self.facts:
             self.changes += bool(self.graphs)
-            self.facts = facts
+            self._enumerate()  # adapters may have come
+            self.facts = self._facts()
             self.drop()
             if self.changes > CHANGES:
                 self.stop("what the layers are made of changes again and again (parameters, adapters or modes)")
@@ -206,9 +208,13 @@ class Chain:
 
     def _facts(self) -> Any:
         """What the layers' python goes by, where parameters lie, and whether a frozen one was written to."""
+        held = (t for m in self.modules for t in (*m._parameters.values(), *m._buffers.values()) if t is not None)
+        self.held = list({id(t): t for t in held}.values())  # anew: somebody may have put another in the place of one
+        plans = [vars(m)["plan"] for m in self.modules if isinstance(m, Site)]
         return (
             [m.training for m in self.modules],
-            [vars(m).get("plan") for m in self.modules if isinstance(m, Site)],
+            plans,
+            [vars(plan).get("scale") for plan in plans if plan is not None],
             [vars(m)[STACK].on for m in self.modules if STACK in vars(m)],
             [(t.data_ptr(), t.requires_grad) for t in self.held],
             [t._version for t in self.held if isinstance(t, nn.Parameter) and not t.requires_grad and not t.is_inference()],
