@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 import weft
 from tests.step.test_loss import build, rows
@@ -210,3 +213,16 @@ def test_recomputed_layers_keep_what_is_thin(monkeypatch):
     assert len(calls) == len(layers) == 2
     assert sum(shape[-1:] == (2,) and shape.numel() == 400 for shape in kept) == 7 * len(layers)
     assert not any(shape[-1:] == (448,) and shape.numel() >= 200 * 448 for shape in kept)
+
+
+def test_one_of_which_a_process_has_a_part_is_left_alone():
+    """FSDP2 makes it whole only within its layer's own forward."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        model = build("Llama", {}).requires_grad_(False)
+        weft.adapt(model, weft.LoRA(rank=2))
+        assert len(step_gated.gated_mlps(model)) == 2
+        fully_shard(model.model.layers[0], mesh=init_device_mesh("cpu", (1,)))
+        assert list(step_gated.gated_mlps(model)) == [model.model.layers[1].mlp]
+    finally:
+        dist.destroy_process_group()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from weft.core import Site, is_linear, modules, unmerged
+from weft.core import Site, is_linear, is_sharded, modules, unmerged
 from weft.kernels.gated import gated
 from weft.kernels.gated_stacked import gated_stacked
 from weft.kernels.keep import keep
@@ -46,8 +46,8 @@ def usual(layer: Any) -> bool:
 
 def _way(mlp: Any) -> Way | None:
     """By which of the activations its own forward is that formula: two tokens, to the last bit. One that somebody hooked or replaced is
-    left alone."""
-    if any(map(touched, (mlp, *(mlp._modules[name] for name in MAPS)))):
+    left alone, as is one of which this process has a part."""
+    if any(map(touched, (mlp, *(mlp._modules[name] for name in MAPS)))) or any(map(is_sharded, mlp.parameters())):
         return None
     width = cast(int, mlp.gate_proj.in_features)
     x = torch.linspace(-2, 2, 2 * width, device=mlp.down_proj.weight.device).to(dtype_of(mlp)).view(1, 2, width)

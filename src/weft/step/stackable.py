@@ -44,7 +44,7 @@ def _same_input(model: nn.Module, stacks: dict[nn.Module, Stack]) -> set[nn.Modu
     seen: dict[nn.Module, list[Any]] = {layer: [] for stack in stacks.values() for layer in stack.layers}
 
     def note(layer: nn.Module, args: Any, kwargs: Any) -> None:
-        seen[layer].append((*args, *kwargs))
+        seen[layer].append(() if kwargs else args)  # by name it could not be given to what stands in for the layer
 
     handles = [layer.register_forward_pre_hook(note, with_kwargs=True) for layer in seen]
     try:
