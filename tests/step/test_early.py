@@ -7,10 +7,13 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import weft
+from tests.step.test_loss import rows
+from weft.data import pad
 from weft.kernels import gated as operations
 from weft.kernels import linear_cross_entropy
 from weft.quant import quantise_
 from weft.step import early
+from weft.step.fast import Fast, _try
 from weft.step.gated import gated_mlps
 from weft.step.loss import fusible
 
@@ -36,3 +39,18 @@ def test_each_kernel_is_launched_once_and_leaves_nothing(monkeypatch, base, meth
     seen.clear()
     early.launch({}, fusible(model), torch.zeros(4, 8, dtype=torch.int64)).join()
     assert seen == [("_slice_in_place", 16)]
+
+
+def test_it_begins_when_the_parameters_have_the_numbers_of_the_check(monkeypatch):
+    """What writes to them between its forward and its backward pass would end it."""
+    sizes = dict(hidden_size=64, intermediate_size=96, num_attention_heads=4, num_key_value_heads=2, vocab_size=99)
+    model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=3, **sizes)).requires_grad_(False)
+    weft.adapt(model, weft.LoRA(rank=4)).train()
+    parameters, seen = weft.adapters.trainable(model, "default"), []
+    monkeypatch.setattr("torch.compile", lambda f, **how: f)
+    monkeypatch.setattr(early, "launch", lambda *_: seen.append(all(bool(p.any()) for p in parameters.values())))
+    assert not all(bool(p.any()) for p in parameters.values())
+    fast = Fast(model, True, fusible(model), False, 1.0, list(model.model.layers), True)
+    _try(fast, pad(rows([9, 4])), parameters, True, False, pytest.fail)
+    fast.close()
+    assert seen == [True]

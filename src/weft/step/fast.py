@@ -188,7 +188,6 @@ def prepare(
             fast.stacks = stacks(model, fast.mlps, narrow.values())
     if compiled:
         warm()
-    fast.ahead = early.launch(fast.mlps, head, batch.input_ids) if compiled and cuda else None
     if not fast.compiled and fast.head is None and not fast.unmasked and not fast.narrow:
         fast.install(fast.level)
         return fast
@@ -223,6 +222,8 @@ def _try(
     """
     started = time.perf_counter()
     with stirred(parameters, batch.input_ids.device):
+        if fast.compiled and fast.cuda:  # only now: a backward pass fails when its parameters were written to since the forward one
+            fast.ahead = early.launch(fast.mlps, fast.head, batch.input_ids)
         plain = _plain(fast, batch, parameters, say) if self_check else None
         if self_check and plain is None and not unchecked:
             fast.narrow = {}
