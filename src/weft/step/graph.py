@@ -15,7 +15,6 @@ layers are given. Everything that python decides on the way is frozen in it, so 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
@@ -26,6 +25,7 @@ from torch.autograd.function import once_differentiable
 
 from weft.core import Site, Slot, WeftError
 from weft.step.capture import Card, Graphs, Unfit
+from weft.step.given import each, kind, like, static, tensors, whole
 from weft.step.stacked import STACK
 
 if TYPE_CHECKING:
@@ -36,7 +36,6 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]  # what a layer is given besides t
 KINDS = 4  # of passes that are captured: each takes a second once, and static copies of what it is given; padded rows come in many shapes
 CHANGES = 3  # of the facts after a capture, and no more are made: somebody changes them in every step
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device)
 
 
 class Pass:
@@ -139,7 +138,7 @@ class Chain:
             return self._marked(self._layers(x, calls), Pass())
         wanted, this = x.requires_grad, Pass()
         given = x if wanted else x.detach().requires_grad_()
-        out: Tensor = _Replayed.apply(given, graphs, _tensors(calls), this, wanted)  # type: ignore[no-untyped-call]
+        out: Tensor = _Replayed.apply(given, graphs, tensors(calls), this, wanted)  # type: ignore[no-untyped-call]
         return self._marked(out, this)
 
     def _layers(self, x: Tensor, calls: list[Call]) -> Tensor:
@@ -156,7 +155,7 @@ class Chain:
     def _ready(self, x: Tensor, calls: list[Call]) -> Graphs | None:
         """The graphs of a pass of this kind; None if it has to run layer by layer."""
         try:
-            key = x.requires_grad, _like(x), _kind(calls, x.device, {})
+            key = x.requires_grad, like(x), kind(calls, x.device, {})
         except Unfit as e:
             self.stop(str(e))
         if self.why or torch.is_autocast_enabled(x.device.type) or any(_hooked(region.layer) for region in self.regions):
@@ -186,9 +185,9 @@ class Chain:
             t.grad.add_(t.grad)
         before, why = [_version(t) for t in trained], ""
         try:
-            given = _static(x).requires_grad_()
-            still = {id(t): _static(t) for t in _tensors(calls)}
-            layers = partial(self._layers, given, _each(calls, lambda t: still[id(t)]))
+            given = static(x).requires_grad_()
+            still = {id(t): static(t) for t in tensors(calls)}
+            layers = partial(self._layers, given, each(calls, lambda t: still[id(t)]))
             made = self.card.capture(layers, given, list(still.values()))
             made.sums = [(t, t.grad) for t, was in zip(trained, before, strict=True) if t.grad is not None and _version(t) != was]
             self.graphs[key] = made
@@ -233,9 +232,9 @@ class _Replayed(torch.autograd.Function):
     """All layers at once, from x to the last one's output."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, graphs: Graphs, tensors: list[Tensor], this: Pass, wanted: bool) -> Tensor:
-        for static, given in zip((graphs.x, *graphs.given), (x, *tensors), strict=True):
-            _whole(static).copy_(_whole(given))
+    def forward(ctx: Any, x: Tensor, graphs: Graphs, others: list[Tensor], this: Pass, wanted: bool) -> Tensor:
+        for place, given in zip((graphs.x, *graphs.given), (x, *others), strict=True):
+            whole(place).copy_(whole(given))
         graphs.forward()
         ctx.graphs, ctx.this, ctx.wanted, this.waits = graphs, this, wanted, True
         return graphs.out.detach()  # the head's backward pass reads it before the next replay writes it
@@ -257,52 +256,3 @@ class _Replayed(torch.autograd.Function):
             p.grad = g if p.grad is None else p.grad + g
         # A copy: whoever keeps the gradient keeps it beyond the next replay.
         return graphs.dx.clone() if ctx.wanted and graphs.dx is not None else None, None, None, None, None
-
-
-# ---- what a layer is given besides the hidden states ----
-
-
-def _like(t: Tensor) -> Any:
-    return t.shape, t.stride(), t.dtype, t.device
-
-
-def _kind(value: Any, device: torch.device, places: dict[int, int]) -> Any:
-    """All of it that a graph freezes, hashable: everything but the numbers in the tensors. Which tensors are one object is part of it."""
-    if isinstance(value, Tensor):
-        if type(value) is not Tensor or value.requires_grad or value.device != device:
-            raise Unfit("a layer is given a tensor that has a gradient, is of a class of its own or lies on another device")
-        return places.setdefault(id(value), len(places)), _like(value)
-    if type(value) in (tuple, list):
-        return type(value), *(_kind(v, device, places) for v in value)
-    if type(value) is dict:
-        return dict, *((k, _kind(v, device, places)) for k, v in value.items())
-    if type(value) in PLAIN:
-        return type(value), value
-    raise Unfit(f"a layer is given an object of which nothing is known ({type(value).__name__})")
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    """Each tensor in it, once, in a fixed order."""
-    found: dict[int, Tensor] = {}
-    _each(value, lambda t: found.setdefault(id(t), t))
-    return list(found.values())
-
-
-def _each(value: Any, do: Callable[[Tensor], Any]) -> Any:
-    if isinstance(value, Tensor):
-        return do(value)
-    if type(value) in (tuple, list):
-        return type(value)(_each(v, do) for v in value)
-    return {k: _each(v, do) for k, v in value.items()} if type(value) is dict else value
-
-
-def _whole(t: Tensor) -> Tensor:
-    """Without the axes along which it is expanded."""
-    return t[tuple(slice(0, 1) if step == 0 else slice(None) for step in t.stride())]
-
-
-def _static(t: Tensor) -> Tensor:
-    """A tensor of its own with the same numbers, shape and strides."""
-    part = _whole(t.detach())
-    made = torch.empty_strided(part.shape, part.stride(), dtype=t.dtype, device=t.device).copy_(part)
-    return made if made.shape == t.shape else made.expand(t.shape)
