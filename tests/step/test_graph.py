@@ -448,3 +448,14 @@ def test_where_there_are_none(monkeypatch, how, method, why):
     assert fast.captured == (why is None)
     assert ([s for s in said if "CUDA graphs" in s] != []) == bool(why) and (why or "") in " ".join(said)
     fast.close()
+
+
+def test_none_where_several_processes_train(monkeypatch):
+    monkeypatch.setattr("torch.compile", lambda f, **how: f)
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 2)
+    said: list[str] = []
+    model = adapted()
+    fast = prepare(model, BATCH, weft.adapters.trainable(model, "default"), compile=True, graphs=True, say=said.append)
+    assert not fast.captured and "several processes" in said[0]
+    fast.close()
