@@ -21,6 +21,7 @@ import sys
 import tempfile
 import threading
 import time
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -67,8 +68,11 @@ def load(who: str, folder: str, device: str) -> None:
             anon, file = (int(status.split(f"{key}:")[1].split()[0]) * 1024 for key in ("RssAnon", "RssFile"))
             peak[0], both[0] = max(peak[0], anon), max(both[0], anon + file)
 
+    import_module("transformers.models.llama.modeling_llama")  # importing is not loading, and takes longer on a cold disk
+
+    weft.load_base, transformers.AutoModelForCausalLM  # noqa: B018  (both are imported by asking for them)
     if who == "transformers":
-        import bitsandbytes  # noqa: F401  (its import is not loading)
+        import bitsandbytes  # noqa: F401
     torch.empty(1, device=device)
     threading.Thread(target=watch, daemon=True).start()
     time.sleep(0.05)

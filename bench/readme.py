@@ -103,12 +103,12 @@ def train(result: dict[str, Any]) -> str:
     rows = []
     for r in sorted(result["rows"], key=lambda r: (r["row"], r["side"] != "weft", r["side"])):
         if "error" in r:
-            rows.append([r["row"], r["side"], r["error"][:60], *[""] * 5])
+            rows.append([r["row"], r["side"], r["error"][:60], *[""] * 5, r["commit"]])
             continue
         cells = [f"{r['tokens_per_s']:,.0f}", f"{r['targets_per_s']:,.0f}", f"{r['share_of_limit']:.0%}" if "share_of_limit" in r else "-",
                  f"{r['peak_gb']:.1f}"]  # fmt: skip
-        rows.append([r["row"], r["side"], *cells, f"{r['first_step_s']:.1f}", f"{r['loss']:.3f}"])
-    head = ["work", "", "tokens/s", "that bear loss", "of a sustained product", "peak GB", "first step, s", "loss after 20 steps"]
+        rows.append([r["row"], r["side"], *cells, f"{r['first_step_s']:.1f}", f"{r['loss']:.3f}", r["commit"]])
+    head = ["work", "", "tokens/s", "that bear loss", "of a sustained product", "peak GB", "first step, s", "loss after 20 steps", "commit"]
     said = f"Random weights, LoRA of rank {result['rank']}, {result['batch']} tokens a step. {result.get('note', '')}"
     return f"{said}\n\n{table(head, rows)}"
 

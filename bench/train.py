@@ -1,7 +1,7 @@
 """LoRA training on Llama shapes with random weights, weft beside peft, peft + liger and unsloth, each row in a process of its own.
 
     python bench/train.py [--rows "8B bf16, most speed" ...] [--seconds 560]
-    python bench/train.py --join a.json b.json       # rows that were run on several cards, each row's sides on one of them
+    python bench/train.py --join a.json b.json       # rows that were run on several cards, or earlier: a later file's take their place
 
 For each row: tokens a second, TFLOP/s at 4·P·T (forward and dX; a frozen base needs no dW, and recomputation is not credited) plus
 attention, as a share of a matrix product sustained for seconds in the same run, peak and static memory, seconds to the first step, and
@@ -425,18 +425,29 @@ def able(row: str) -> tuple[str, ...]:
 
 
 def join(files: list[Path]) -> None:
-    """One result of several, which must be of one commit and kind of card; in the order of ROWS."""
+    """One result of several, in the order of ROWS. What a later file has takes an earlier one's place, and each row keeps its commit.
+
+    weft and the best peer of a row must be of one file, since they are compared; all files of one kind of card and the same versions.
+    """
     found = [json.loads(f.read_text()) for f in files]
-    alike = ("commit", "versions", "batch", "rank")
+    alike = ("versions", "batch", "rank")
     differ = [key for key in alike if any(f[key] != found[0][key] for f in found)]
     differ += ["the card"] * (len({f["machine"]["gpu"] for f in found}) > 1)
     if differ:
         raise SystemExit(f"these results differ in {', '.join(differ)}, and rows side by side must not")
+    kept: dict[tuple[str, str], tuple[int, dict[str, Any]]] = {}
+    for i, f in enumerate(found):
+        for row in f["rows"]:
+            kept[row["row"], row["side"]] = i, {"commit": f["commit"]} | row
+    for name in ROWS:
+        measured = {side: (i, r["tokens_per_s"]) for (row, side), (i, r) in kept.items() if row == name and "tokens_per_s" in r}
+        peers = [m for side, m in measured.items() if side != "weft"]
+        if peers and "weft" in measured and max(peers, key=lambda m: m[1])[0] != measured["weft"][0]:
+            raise SystemExit(f"{name}: weft and the best peer are of different files")
     order = {row: i for i, row in enumerate(ROWS)}
-    rows = sorted((row for f in found for row in f["rows"]), key=lambda row: order[row["row"]])
-    whole = found[0] | {"gemm_tflops": [f["gemm_tflops"] for f in found], "rows": rows}
+    rows = sorted((r for _, r in kept.values()), key=lambda r: order[r["row"]])
     path = Path(__file__).parent / "results" / "train.json"
-    path.write_text(json.dumps(whole, indent=2) + "\n")
+    path.write_text(json.dumps(found[-1] | {"gemm_tflops": [f["gemm_tflops"] for f in found], "rows": rows}, indent=2) + "\n")
     print(path)
 
 
