@@ -438,6 +438,7 @@ def join(files: list[Path]) -> None:
     kept: dict[tuple[str, str], tuple[int, dict[str, Any]]] = {}
     for i, f in enumerate(found):
         for row in f["rows"]:
+            row.pop("at", None)  # where it failed: for whoever runs it
             kept[row["row"], row["side"]] = i, {"commit": f["commit"]} | row
     for name in ROWS:
         measured = {side: (i, r["tokens_per_s"]) for (row, side), (i, r) in kept.items() if row == name and "tokens_per_s" in r}

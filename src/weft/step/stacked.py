@@ -26,7 +26,6 @@ from weft.quant import QuantLinear
 from weft.step.gated import factors, usual
 
 STACK = "weft_stack"  # where a module has its own, past its parameters and submodules
-
 FUSED = 8  # parts of a tensor that inductor's lowering of cat writes by one kernel, at most
 
 
@@ -116,7 +115,6 @@ class Stack:
                 y = keep(y)
             made.append(y)
         return made
-
 
     def rest(self) -> list[int]:
         """How what is behind the layers' parts is cut.

@@ -6,8 +6,8 @@ import errno
 import importlib.util
 import json
 import os
-import resource
 import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -72,11 +72,14 @@ def _tensorboard(folder: Path, step: int, wanted: str) -> Any:
 
 
 def memory(device: torch.device) -> int:
-    """Bytes: the peak on a card, or on a CPU what the process holds now (its peak where the system does not tell)."""
+    """Bytes: the peak on a card, or on a CPU what the process holds now (its peak where the system does not tell; 0 on Windows)."""
     if device.type == "cuda":
         return peak_memory(device)
     try:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
     except OSError:  # not Linux
+        if importlib.util.find_spec("resource") is None:
+            return 0
+        resource: Any = import_module("resource")
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else peak * 1024
