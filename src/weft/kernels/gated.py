@@ -11,6 +11,7 @@ once. For the backward pass g and u are kept, and no h.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import pi, sqrt
 from typing import Any
 
@@ -100,18 +101,24 @@ def _(dh, dS, g, u, Sg, Bg, Su, Bu, A, cg, cu, gelu):  # type: ignore[no-untyped
     return tuple(g.new_empty(0) if t is None else torch.empty_like(t) for t in (g, u, Sg, Bg, Su, Bu, A, cg, cu))
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    """Keep everything that the operation was given: tensors, or None, and whether it is GELU."""
     ctx.save_for_backward(*inputs[:-1])
     ctx.gelu = inputs[-1]
 
 
-def _grads(ctx: Any, dh: Tensor, dS: Tensor) -> Any:
-    held = ctx.saved_tensors
-    found = _backward(dh, dS, *held, ctx.gelu)
-    return *(None if t is None else d for t, d in zip(held, found, strict=True)), None
+def by(backward: Callable[..., tuple[Tensor, ...]]) -> Callable[..., Any]:
+    """Gradients of what `setup` kept, by an operation that gives one for each, an empty one for each None."""
+
+    def grads(ctx: Any, dh: Tensor, dS: Tensor) -> Any:
+        held = ctx.saved_tensors
+        found = backward(dh, dS, *held, ctx.gelu)
+        return *(None if t is None else d for t, d in zip(held, found, strict=True)), None
+
+    return grads
 
 
-_forward.register_autograd(_grads, setup_context=_setup)
+_forward.register_autograd(by(_backward), setup_context=setup)
 
 
 @register_flop_formula(torch.ops.weft.gated)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from weft.kernels.gated import gated_backward_reference, gated_reference
+from weft.kernels.gated import by, gated_backward_reference, gated_reference, setup
 from weft.kernels.launch import kernels, usable
 
 Six = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -60,18 +60,7 @@ def _(dh, dS, Z, Bg, Bu, A, cg, cu, gelu):  # type: ignore[no-untyped-def]
     return tuple(Z.new_empty(0) if t is None else torch.empty_like(t) for t in (Z, Bg, Bu, A, cg, cu))
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs[:-1])
-    ctx.gelu = inputs[-1]
-
-
-def _grads(ctx: Any, dh: Tensor, dS: Tensor) -> Any:
-    held = ctx.saved_tensors
-    found = _backward(dh, dS, *held, ctx.gelu)
-    return *(None if t is None else d for t, d in zip(held, found, strict=True)), None
-
-
-_forward.register_autograd(_grads, setup_context=_setup)
+_forward.register_autograd(by(_backward), setup_context=setup)
 
 
 @register_flop_formula(torch.ops.weft.gated_stacked)

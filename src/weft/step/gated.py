@@ -19,6 +19,7 @@ from weft.methods.lora_linear import LowRank
 
 Way = Callable[[Any, Tensor], Tensor]
 MAPS = ("gate_proj", "up_proj", "down_proj")
+STACK = "weft_stack"  # where a module has its `weft.step.stacked.Stack`, past its parameters and submodules
 WIDEST = 64  # rank: the factors of a block of columns and the sums of their gradients stay in registers
 
 
@@ -83,7 +84,7 @@ def _forward(self: Any, x: Tensor, gelu: bool) -> Tensor:
     """In training; evaluation, where DoRA keeps its norms, goes by the MLP's own."""
     if not (torch.is_grad_enabled() and ready(self)):  # another adapter may have come to work since
         return type(self).forward(self, x)  # type: ignore[no-any-return]
-    stack = getattr(self, "weft_stack", None)
+    stack = getattr(self, STACK, None)
     if stack is not None and stack.on:
         (_, Bg, cg), (_, Bu, cu), (Ad, Bd, cd) = (factors(self._modules[name], x.dtype) for name in MAPS)
         h, S = gated_stacked(stack.product(x), Bg, Bu, Ad, cg, cu, gelu)

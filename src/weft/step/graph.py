@@ -25,8 +25,8 @@ from torch.autograd.function import once_differentiable
 
 from weft.core import Site, Slot, WeftError
 from weft.step.capture import Card, Graphs, Unfit
+from weft.step.gated import STACK
 from weft.step.given import each, kind, like, static, tensors, whole
-from weft.step.stacked import STACK
 
 if TYPE_CHECKING:
     from weft.step.regions import Region

@@ -23,9 +23,8 @@ from weft.kernels.fp8_stacked import fp8_stacked
 from weft.kernels.keep import keep
 from weft.kernels.stacked import EIGHT, padded, stacked
 from weft.quant import QuantLinear
-from weft.step.gated import factors, usual
+from weft.step.gated import STACK, factors, usual
 
-STACK = "weft_stack"  # where a module has its own, past its parameters and submodules
 FUSED = 8  # parts of a tensor that inductor's lowering of cat writes by one kernel, at most
 
 
@@ -157,7 +156,7 @@ class Hand:
 
 
 def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-    stack = self.weft_stack
+    stack = getattr(self, STACK)
     return type(self).forward(Stand(self, stack) if stack.on and torch.is_grad_enabled() else self, *args, **kwargs)
 
 
