@@ -5,9 +5,10 @@
 
 For each row: tokens a second, TFLOP/s at 4·P·T (forward and dX; a frozen base needs no dW, and recomputation is not credited) plus
 attention, as a share of a matrix product sustained for seconds in the same run, peak and static memory, seconds to the first step, and
-the loss after 20 steps on one fixed batch stream. A program that is not installed is named as such. Needs one CUDA device. The peers want
-peft and liger-kernel; unsloth wants unsloth_zoo, bitsandbytes, trl, datasets, diffusers, torchao, cut-cross-entropy, tyro, typeguard,
-shtab, msgspec, hf_transfer, structlog and json5 too.
+the loss after 20 steps on one fixed batch stream. A step's time is from one step's end to the next as the card sees them, while the host
+runs ahead as it does in training (rows up to commit 6ac3f49 waited for the card after each step). A program that is not installed is
+named as such. Needs one CUDA device. The peers want peft and liger-kernel; unsloth wants unsloth_zoo, bitsandbytes, trl, datasets,
+diffusers, torchao, cut-cross-entropy, tyro, typeguard, shtab, msgspec, hf_transfer, structlog and json5 too.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import sys
 import time
 import traceback
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -314,17 +316,22 @@ def alone(row: str, side: str, device: str, profile: bool) -> dict[str, Any]:
     else:
         step, facts = peft_side(side, shape, fmt, memory, kind, method)
     built = time.perf_counter() - began
-    losses, times = [], []
+    first, losses = time.perf_counter(), []
+    marks: list[Any] = []  # on a card the ends of the steps as the card sees them: a loop that trains does not wait for each
     for i in range(STEPS):
-        started = time.perf_counter()
         losses.append(step(i))
+        marks.append(torch.cuda.Event(enable_timing=True) if cuda else time.perf_counter())
         if cuda:
+            marks[-1].record()
+        if cuda and i in (0, STEPS - 1):
             torch.cuda.synchronize()
-        times.append(time.perf_counter() - started)
+        if i == 0:
+            first = time.perf_counter() - first
+    times = [a.elapsed_time(b) / 1e3 if cuda else b - a for a, b in pairwise(marks)]
     from weft.step import peak_memory  # which also sees what lies in CUDA graphs; without any it is the allocator's figure
 
     most = peak_memory(torch.device("cuda")) if cuda else 0
-    seconds = statistics.median(times[6:])
+    seconds = statistics.median(times[5:])
     ours = batches(kind, SHAPES[shape]["vocab_size"], 1)[0]
     parameters, attention = counts(shape)
     tokens = ours.n_tokens
@@ -332,7 +339,7 @@ def alone(row: str, side: str, device: str, profile: bool) -> dict[str, Any]:
     result = {
         "row": row, "side": side, "tokens": tokens, "targets": ours.n_targets, "step_ms": seconds * 1e3, "tokens_per_s": tokens / seconds,
         "targets_per_s": ours.n_targets / seconds, "tflops": flops / seconds / 1e12, "first_loss": float(losses[0]),
-        "loss": float(losses[-1]), "first_step_s": facts.get("prepare_s", 0.0) + times[0], "build_s": built,
+        "loss": float(losses[-1]), "first_step_s": facts.get("prepare_s", 0.0) + first, "build_s": built,
         "peak_gb": max(most, facts.get("checking_peak", 0)) / 1e9 if cuda else None,
         "steps_peak_gb": most / 1e9 if cuda else None, "static_gb": facts["static"] / 1e9,
         "trainable": facts["trainable"], "path": facts.get("path"), "said": facts.get("said"),
