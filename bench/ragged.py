@@ -33,7 +33,8 @@ again         "padded" and "dense" in a process with TORCH_CUDNN_SDPA_AVOID_RECO
               (ragged_again.json).
 graphs        a forward and backward pass captured once, and replayed with other lengths: distances to fp64 (the largest of four), and ms.
 
-Results are saved after every case. What fails is printed and kept as the case's "error".
+Results are saved after every case. What fails is printed and kept as the case's "error"; if the device is of no use afterwards, a new process
+goes over everything without that way.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ from _common import save
 from _ragged import made, reference
 from torch import Tensor
 
-WAYS = ("varlen", "frontend", "exact", "padded", "dense", "aten")
+WAYS = ("varlen", "padded", "dense", "exact", "frontend", "aten")
 AGAIN = {"TORCH_CUDNN_SDPA_AVOID_RECOMPILE": "1"}
 
 
@@ -98,6 +99,15 @@ def ends(lengths: Sequence[int], device: torch.device) -> Tensor:
 def synchronise(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize()
+
+
+def answers(device: torch.device) -> bool:
+    """Whether the device can still be used: an illegal access leaves it of no use to the whole process."""
+    try:
+        synchronise(device)
+    except Exception:
+        return False
+    return True
 
 
 def wall(work: Callable[[], Any], device: torch.device) -> float:
@@ -242,10 +252,16 @@ def main() -> None:
             found = work()
         except Exception as error:  # what one case meets is a finding, and the others are still to be seen
             found = {"error": f"{type(error).__name__}: {error}"[:600]}
+        usable = "error" not in found or answers(device)
         result["cases"].append({"part": part, **what, **found})
         short = {k: float(f"{v:.3g}") if isinstance(v, float) else v for k, v in found.items() if k != "longest" or part != "speed"}
         print(part, *what.values(), json.dumps(short), flush=True)
         save(given.name, result, packages)
+        if not usable:
+            others = [w for w in given.ways if w != what.get("way")]
+            print(f"the device does not answer any more; without {what.get('way')} once more, in {given.name}_rest.json", flush=True)
+            command = [sys.executable, __file__, "--tokens", str(given.tokens), "--heads", *given.heads, "--parts", *given.parts]
+            raise SystemExit(subprocess.run([*command, "--ways", *others, "--name", given.name + "_rest"]).returncode if others else 1)
 
     for written in given.heads:
         heads = [int(n) for n in written.split(",")]
@@ -260,7 +276,7 @@ def main() -> None:
     leaves, grad = operands(given.tokens, [int(n) for n in first.split(",")], device, dtype)
     for way in ways if "new_lengths" in given.parts else ():
         if way in ("varlen", "frontend", "padded", "aten"):
-            note("new_lengths", {"heads": first, "rows": "16", "way": way}, lambda: new_lengths(way, leaves, grad, 16))
+            note("new_lengths", {"heads": first, "rows": "13", "way": way}, lambda: new_lengths(way, leaves, grad, 13))
     if "again" in given.parts:
         command = [sys.executable, __file__, "--device", given.device, "--tokens", str(given.tokens), "--heads", first]
         command += ["--ways", "padded", "dense", "--parts", "speed", "new_lengths", "--name", given.name + "_again"]
@@ -268,7 +284,7 @@ def main() -> None:
         note("again", {}, lambda: {"exit_code": subprocess.run(command, env=os.environ | AGAIN, timeout=300).returncode})
     for way in ways if "graphs" in given.parts and device.type == "cuda" else ():  # last: a failed capture may leave the device unusable
         if way in ("varlen", "frontend", "aten"):
-            note("graphs", {"heads": first, "rows": "16", "way": way}, lambda: in_graphs(way, leaves, grad, 16))
+            note("graphs", {"heads": first, "rows": "13", "way": way}, lambda: in_graphs(way, leaves, grad, 13))
     print(save(given.name, result, packages))
 
 
