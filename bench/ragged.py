@@ -33,8 +33,8 @@ again         "padded" and "dense" in a process with TORCH_CUDNN_SDPA_AVOID_RECO
               (ragged_again.json).
 graphs        a forward and backward pass captured once, and replayed with other lengths: distances to fp64 (the largest of four), and ms.
 
-Results are saved after every case. What fails is printed and kept as the case's "error"; if the device is of no use afterwards, a new process
-goes over everything without that way.
+Results are saved after every case. What fails is printed and kept as the case's "error"; if the device is of no use afterwards, a new
+process goes over everything without that way.
 """
 
 from __future__ import annotations
