@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -142,7 +143,47 @@ def check_graphs(check: Callable[[str, float, float], None], distance: Callable[
         for what, run in (("one by one", plain), ("as graphs", fast)):
             print(f"  {what}: {run['seconds'] * 1e3:.2f} ms a step, {run['kernels'] * 1e3:.2f} of them kernels, the host is done after "
                   f"{run['host'] * 1e3:.2f}; peak {run['peak'] / 1e6:.0f} MB", flush=True)  # fmt: skip
+    changed(check, distance)
     broken_off(check, distance)
+
+
+def changed(check: Callable[[str, float, float], None], distance: Callable[[Any, Any], float]) -> None:
+    """What somebody does to the layers after a capture is in the next pass: the gradients are those of layers one by one."""
+
+    def other_weights(layer: Any) -> None:
+        up, q = layer.mlp.up_proj, layer.self_attn.q_proj
+        up.weight.data = up.weight.data.flip(0).clone()
+        q.weight = torch.nn.Parameter(q.weight.flip(1).clone(), requires_grad=False)
+
+    def written_to(layer: Any) -> None:
+        layer.mlp.down_proj.weight.mul_(1.5)
+
+    def other_scale(layer: Any) -> None:
+        layer.self_attn.o_proj.plan.scale *= 3
+
+    found: dict[bool, list[torch.Tensor]] = {}
+    for graphs in (True, False):
+        model = model_of(SMALL, "bf16", weft.LoRA(rank=8))
+        parameters, (batch,) = weft.adapters.trainable(model, "default"), groups_of("full", 1000, 512, 1)[0]
+        flat, said = Flat(parameters, lambda name: 1.0), []
+        flat.data.normal_(0, 0.05)
+        fast = prepare(model, batch, parameters, memory=1.0, compile=True, graphs=graphs, varying=False, say=said.append)
+        found[graphs] = []
+        for change in (other_weights, written_to, other_scale):
+            with torch.no_grad():
+                change(repeated(model)[2])
+            for _ in range(3):  # layer by layer, as a capture, as a replay of that
+                flat.zero_grad()
+                (fast.loss(batch) / batch.n_targets).backward()
+                found[graphs].append(flat.grad.clone())
+            if graphs:
+                check(f"CUDA graphs, {change.__name__}: captured again", float(not fast.captured), 0.0)
+        fast.close()
+        flat.release()
+    worst = max(distance(a, b) for a, b in zip(found[True], found[False], strict=True))
+    least = min(distance(a, b) for a, b in pairwise(found[True][::3]))
+    check("CUDA graphs, layers that are changed after a capture: gradients", worst, 1e-3)
+    check("  each change is one", float(least < 1e-2), 0.0)
 
 
 def broken_off(check: Callable[[str, float, float], None], distance: Callable[[Any, Any], float]) -> None:
