@@ -42,6 +42,17 @@ def interleaved(works: dict[str, Callable[[], Any]], repeat: int = 15, warm: int
     return {name: statistics.median(t) for name, t in times.items()}
 
 
+def set_inductor() -> dict[str, bool]:
+    """Set the compiler's switches that INDUCTOR names, as in INDUCTOR=deterministic=1,triton.autotune_pointwise=0, for a trial of them."""
+    pairs = [word.split("=") for word in os.environ.get("INDUCTOR", "").split(",") if word]
+    told = {name: value != "0" for name, value in pairs}
+    if told:
+        from torch._inductor import config
+
+        config.load_config(told)
+    return told
+
+
 def machine() -> dict[str, Any]:
     """Processor, cores, accelerator."""
     import torch

@@ -24,7 +24,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -102,9 +102,23 @@ def listen(spans: Spans, cuda: bool) -> None:
         return end(self, name, *args, **kwargs)
 
     ChromiumEventLogger.log_event_start, ChromiumEventLogger.log_event_end = began, ended  # type: ignore[method-assign]
-    for name in ("_plain", "_pass", "differences", "fusible", "unmaskable", "install"):
+    ours = ("_plain", "_pass", "differences", "fusible", "unmaskable", "install", "uninstall", "narrowable", "stacks", "release", "_level")
+    for name in ours:
         spans.around(fast, name, f"weft: {name}")
     spans.around(fast.gated, "gated_mlps", "weft: gated_mlps")
+    spans.around(fast.early, "launch", "weft: early.launch")
+    spans.around(fast.stacked, "install", "weft: stacked.install")
+    spans.around(fast.stacked, "working", "weft: stacked.working")
+    stirred = fast.stirred
+
+    @contextmanager
+    def stirring(*args: Any) -> Iterator[None]:
+        with ExitStack() as stack:
+            with spans.span("weft: stirred"):
+                stack.enter_context(stirred(*args))
+            yield
+
+    fast.stirred = stirring
     spans.around(fast.Fast, "loss", "weft: loss")
     spans.around(torch.Tensor, "backward", "backward pass")
     spans.around(threading.Thread, "join", "a thread's end")
@@ -177,6 +191,8 @@ def alone(row: str, device: str, tokens: int, functions: bool) -> dict[str, Any]
     import transformers  # noqa: F401
 
     mark("transformers")
+    from _common import set_inductor
+
     import train
     import weft
     from weft.step import prepare, warm
@@ -190,7 +206,9 @@ def alone(row: str, device: str, tokens: int, functions: bool) -> dict[str, Any]
     if not cuda:
         train.BATCH = 1
     train.LENGTH = tokens
-    warm()
+    set_inductor()
+    warm(torch.device(device))
+    ready = pool(time.perf_counter())
     model = train.base("this", device)
     if base != "bf16":
         from weft.quant import quantise_
@@ -234,8 +252,25 @@ def alone(row: str, device: str, tokens: int, functions: bool) -> dict[str, Any]
     return {
         "row": row, "first_step_s": marks["prepare"] + marks["step 1"], "marks": {k: round(v, 3) for k, v in marks.items()},
         "losses": losses, "path": fast.describe(), "said": fast.said, "spans": sorted(rows, key=lambda r: -r[4]),
-        "counters": cached(counters), "kernels_us": kernels,
+        "counters": cached(counters), "kernels_us": kernels, "workers_ready_s": ready[:1],
     }  # fmt: skip
+
+
+def pool(began: float) -> list[float]:
+    """Where the seconds stand until the compiler's workers answer, once they do."""
+    ready: list[float] = []
+
+    def wait() -> None:
+        warm().join()
+        from torch._inductor.async_compile import AsyncCompile
+
+        AsyncCompile.wait_pool_ready()
+        ready.append(round(time.perf_counter() - began, 2))
+
+    from weft.step import warm
+
+    threading.Thread(target=wait, name="waits-for-workers", daemon=True).start()
+    return ready
 
 
 def cached(counters: Any) -> dict[str, dict[str, int]]:
@@ -270,7 +305,8 @@ def table(result: dict[str, Any], least: float = 0.03) -> str:
     if result["row"] == "card":
         return json.dumps(result)
     lines = [f"\n{result['row']}, {result['how']}: first step after {result['first_step_s']:.2f} s   {result['path']}"]
-    lines += [str(result["marks"]), json.dumps(result["counters"]), f"kernels' compile times in the workers, us: {result['kernels_us']}"]
+    lines += [str(result["marks"]), json.dumps(result["counters"])]
+    lines.append(f"kernels' compile times in the workers (ready after {result['workers_ready_s']} s), us: {result['kernels_us']}")
     lines.append(f"{'self':>8} {'whole':>8} {'calls':>6}")
     lines += [
         f"{own:8.2f} {whole:8.2f} {count:6d}  {name}" + ("" if thread == "MainThread" else f"  [{thread}]")

@@ -135,6 +135,7 @@ def batches(kind: str, vocabulary: int, n: int) -> list[Any]:
 
 def weft_side(shape: str, fmt: str, memory: float, kind: str, method: str, device: str) -> tuple[Any, Any]:
     import torch
+    from _common import set_inductor
 
     import weft
     from weft.data.batches import filled
@@ -143,7 +144,8 @@ def weft_side(shape: str, fmt: str, memory: float, kind: str, method: str, devic
     from weft.train.flat import Flat
 
     if device == "cuda":
-        warm()  # as `weft train` does when it begins to load
+        set_inductor()
+        warm(torch.device(device))  # as `weft train` does when it begins to load
     model = base(shape, device)
     if fmt != "bf16":
         from weft.quant import quantise_

@@ -37,9 +37,10 @@ from weft.step.check import bounds, differences, measure, pieces, stirred
 from weft.step.fp8 import BOUND, narrowable, watched
 from weft.step.graph import Chain
 from weft.step.loss import Batch, fusible, loss_sum, loss_sums, unmaskable
-from weft.step.regions import install, repeated, uninstall, warm
+from weft.step.regions import install, repeated, uninstall
 from weft.step.routing import each, routed
 from weft.step.stackable import stacks
+from weft.step.warm import card, warm
 
 logger = logging.getLogger("weft")
 Memory = float | int | str  # "auto", a share (0 to 1), or bytes
@@ -174,6 +175,8 @@ def prepare(
     device, layers = batch.input_ids.device, repeated(model)
     cuda = device.type == "cuda"
     compiled = (cuda if compile is None else compile) and bool(layers)
+    if compiled:
+        warm(device)
     heads = [fusible(model) for _ in each(model, batch)]
     head = heads[0] if all(h is heads[0] for h in heads) else None
     level = _level(batch, memory, layers, compiled)
@@ -186,8 +189,6 @@ def prepare(
             fast.mlps = gated.gated_mlps(model)
         if compiled:
             fast.stacks = stacks(model, fast.mlps, narrow.values())
-    if compiled:
-        warm()
     if not fast.compiled and fast.head is None and not fast.unmasked and not fast.narrow:
         fast.install(fast.level)
         return fast
@@ -201,6 +202,8 @@ def prepare(
         fast.graphs, fast.insist = not why and (bool(graphs) or may), bool(graphs)
         if graphs and why:
             say(f"the layers do not run as CUDA graphs: {why}")
+    if compiled and cuda:
+        card(device).join()
     try:
         _try(fast, batch, parameters, self_check, bool(fp8), say)
     except BaseException:

@@ -12,9 +12,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from functools import cache
 from importlib import import_module
-from threading import Thread
 from typing import Any
 from weakref import ref
 
@@ -25,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from weft.core import base_class
 from weft.step.graph import Chain
+from weft.step.warm import compiler
 
 logger = logging.getLogger("weft")
 
@@ -180,31 +179,6 @@ class Offload:
         return back
 
 
-@cache
-def warm() -> Thread:
-    """Begin in the background to import the compiler and to start its workers: seconds that the first step need not wait for.
-
-    Join it before compiling: two threads that import parts of one package can each meet the other's half.
-    """
-
-    def begin() -> None:
-        try:
-            import_module("torch._inductor.compile_fx")
-            from torch._inductor.async_compile import AsyncCompile
-            from torch._inductor.runtime.triton_compat import HAS_TRITON, triton_key
-
-            AsyncCompile.warm_pool()
-            AsyncCompile.wakeup()
-            if HAS_TRITON:
-                triton_key()  # reads all of Triton: it is part of the caches' keys
-        except Exception:  # such as a process that ends meanwhile; whoever compiles imports it again, and meets what is wrong
-            logger.debug("the compiler was not warmed up", exc_info=True)
-
-    thread = Thread(target=begin, name="weft-warms-the-compiler", daemon=True)
-    thread.start()
-    return thread
-
-
 _before: list[tuple[Any, str, Any]] = []  # torch's settings as they were before `install`, the first one first
 
 
@@ -221,7 +195,7 @@ def install(
     budget: share of the activations that a compiled layer keeps (1: all but what is cheap to make again).
     """
     if compile:
-        warm().join()
+        compiler().join()
         _set(aot, "activation_memory_budget", budget)
         takes = import_module("weft.step.budget").Takes()  # only now: it imports the compiler
         _set(aot, "activation_memory_budget_runtime_estimator", takes)

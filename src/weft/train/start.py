@@ -31,7 +31,7 @@ def load(recipes: Sequence[Recipe], outputs: Sequence[Output]) -> Any:
     first = recipes[0]
     compiled = torch.cuda.is_available() and first.train.device != "cpu" if first.train.compile is None else first.train.compile
     if compiled:
-        warm()
+        warm(torch.device("cuda" if first.train.device == "auto" else first.train.device))
     begin = [r for r, output in zip(recipes, outputs, strict=True) if _start(r.method) == "loftq" and output.latest() is None]
     frame = skeleton(first.model) if begin else None
     if getattr(getattr(frame, "config", None), "quantization_config", None) is not None:
