@@ -102,7 +102,7 @@ def listen(spans: Spans, cuda: bool) -> None:
         return end(self, name, *args, **kwargs)
 
     ChromiumEventLogger.log_event_start, ChromiumEventLogger.log_event_end = began, ended  # type: ignore[method-assign]
-    ours = ("_plain", "_pass", "differences", "fusible", "unmaskable", "install", "uninstall", "narrowable", "stacks", "release", "_level")
+    ours = ("_plain", "_pass", "differences", "fusible", "unmaskable", "install", "uninstall", "narrowable", "stacks", "release", "fitting")
     for name in ours:
         spans.around(fast, name, f"weft: {name}")
     spans.around(fast.gated, "gated_mlps", "weft: gated_mlps")
@@ -174,7 +174,7 @@ def card() -> dict[str, Any]:
     return {"row": "card", "ms, first and second": marks}
 
 
-def alone(row: str, device: str, tokens: int, functions: bool) -> dict[str, Any]:
+def alone(row: str, device: str, tokens: int, functions: bool, without: list[str]) -> dict[str, Any]:
     """One row in this process: seconds by part."""
     marks = {"interpreter": 0.0}
     last = BEGAN
@@ -207,6 +207,7 @@ def alone(row: str, device: str, tokens: int, functions: bool) -> dict[str, Any]
         train.BATCH = 1
     train.LENGTH = tokens
     set_inductor()
+    drop(without)
     warm(torch.device(device))
     ready = pool(time.perf_counter())
     model = train.base("this", device)
@@ -256,6 +257,18 @@ def alone(row: str, device: str, tokens: int, functions: bool) -> dict[str, Any]
     }  # fmt: skip
 
 
+def drop(without: list[str]) -> None:
+    """Leave out what prepares in threads."""
+    from weft.step import fast, warming
+
+    if "card" in without:
+        nothing = threading.Thread(target=time.time)
+        nothing.start()
+        warming._card.append(nothing)
+    if "ahead" in without:
+        fast._compile_ahead = lambda *args: None
+
+
 def pool(began: float) -> list[float]:
     """Where the seconds stand until the compiler's workers answer, once they do."""
     ready: list[float] = []
@@ -287,7 +300,7 @@ def print_functions(profile: cProfile.Profile) -> None:
 
 def run(row: str, how: str, folder: str, args: argparse.Namespace) -> dict[str, Any]:
     command = [sys.executable, __file__, "--alone", row, "--device", args.device, "--tokens", str(args.tokens)]
-    command += ["--functions"] * args.functions
+    command += ["--functions"] * args.functions + ["--without", *args.without]
     caches = {"TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor", "TRITON_CACHE_DIR": f"{folder}/triton"}
     started = time.perf_counter()
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | caches)
@@ -320,11 +333,12 @@ def main() -> None:
     parser.add_argument("--rows", nargs="*", default=ROWS)
     parser.add_argument("--tokens", type=int, default=2048, help="of a row of the batch")
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--without", nargs="*", default=[], choices=["card", "ahead"], help="threads that are left out, for a comparison")
     parser.add_argument("--functions", action="store_true")
     parser.add_argument("--alone", metavar="ROW")
     args = parser.parse_args()
     if args.alone:
-        found = card() if args.alone == "card" else alone(args.alone, args.device, args.tokens, args.functions)
+        found = card() if args.alone == "card" else alone(args.alone, args.device, args.tokens, args.functions, args.without)
         print("RESULT " + json.dumps(found))
         return
     from _common import save

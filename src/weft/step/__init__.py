@@ -5,6 +5,6 @@ from __future__ import annotations
 from weft.step.capture import peak_memory, reset_peak_memory
 from weft.step.fast import Fast, prepare
 from weft.step.loss import fusible, loss_sum, loss_sums
-from weft.step.warm import warm
+from weft.step.warming import warm
 
 __all__ = ["Fast", "fusible", "loss_sum", "loss_sums", "peak_memory", "prepare", "reset_peak_memory", "warm"]

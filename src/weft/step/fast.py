@@ -31,29 +31,22 @@ from weft.core import Adapter, WeftError, features, is_linear, modules
 from weft.kernels.launch import usable
 from weft.kernels.scratch import release
 from weft.quant import QuantLinear
-from weft.step import early, gated, stacked
+from weft.step import early, gated, stacked, twin
 from weft.step.capture import able
 from weft.step.check import bounds, differences, measure, pieces, stirred
 from weft.step.fp8 import BOUND, narrowable, watched
 from weft.step.graph import Chain
+from weft.step.levels import LEVELS, RECOMPUTE, Memory, fitting, kept
 from weft.step.loss import Batch, fusible, loss_sum, loss_sums, unmaskable
-from weft.step.regions import install, repeated, uninstall
+from weft.step.regions import install, repeated, settle, uninstall
 from weft.step.routing import each, routed
 from weft.step.stackable import stacks
-from weft.step.warm import card, warm
+from weft.step.warming import card, warm
 
 logger = logging.getLogger("weft")
-Memory = float | int | str  # "auto", a share (0 to 1), or bytes
-LEVELS = (1.0, 0.5, 0.3, 0.1, 0.0)  # share of the activations kept; below RECOMPUTE: little but each layer's input; 0: nothing on the card
-RECOMPUTE = 0.2
-MOST = 0.99  # of the compiler's budget: below 1 it makes again what no matrix product is needed for, for 0.4% of an 8B step's time,
-LEAN = 0.67  # and then keeps this share (25 GB of 37)
-THIN = 0.01  # what a layer keeps that is made again: its input, and the thin products of its adapters (weft.step.budget)
-AWAY = 0.2  # level 0 keeps this share in the host's memory: what PCIe 5 moves while a layer of an 8-billion Llama works
 CHECKED = 2048  # tokens of a piece of the self-check's plain pass, which forms more at once than the fast one
 PASSES = 2  # of the checked micro-batch after the one that compiles: its layers are captured and replayed, and replayed once more
 FLOPS, BRIEF = 7e14, 6e-3  # the host takes 2 to 4 ms to launch a layer both ways; an H100 takes 10 for one of 8 billion at 8192 tokens
-SPARE = 0.88  # of what is free may be planned for: the allocator cuts memory into pieces, and kernels want workspaces
 
 
 @dataclass
@@ -92,11 +85,11 @@ class Fast:
         """Within it every row of this batch goes through its owner's adapter."""
         return routed(self.model, batch)
 
-    def install(self, level: float) -> None:
-        """Regions for this level of memory."""
+    def install(self, level: float, ahead: bool = False) -> None:
+        """Regions for this level of memory. ahead: a layer was compiled for it, and is not once more."""
         self.level = level
         offload = level == 0 and self.cuda
-        share, recompute = AWAY if offload else THIN if level < RECOMPUTE else min(level, MOST), 0
+        share, recompute = kept(level, offload), 0
         if not self.compiled:  # without a compiler to choose what is cheap, whole layers are kept or not
             share, recompute = 1.0, len(self.layers) if level < RECOMPUTE else round((1 - level) * len(self.layers))
         self.close()
@@ -109,7 +102,7 @@ class Fast:
         if self.graphs and self.compiled and not offload:
             self.chain = Chain(self.insist)
         if self.compiled or recompute:
-            install(self.layers, self.compiled, self.varying, recompute, offload, share, self.chain)
+            install(self.layers, self.compiled, self.varying, recompute, offload, share, self.chain, ahead)
 
     @property
     def captured(self) -> bool:
@@ -179,7 +172,7 @@ def prepare(
         warm(device)
     heads = [fusible(model) for _ in each(model, batch)]
     head = heads[0] if all(h is heads[0] for h in heads) else None
-    level = _level(batch, memory, layers, compiled)
+    level = fitting(batch, memory, layers, compiled)
     narrow = narrowable(model) if (self_check if fp8 is None else fp8) else {}
     if fp8 and not narrow:
         say("no product can be in fp8 here (that takes base: fp8, and a card with fp8 units): they are computed from decoded weights")
@@ -227,11 +220,16 @@ def _try(
     with stirred(parameters, batch.input_ids.device):
         if fast.compiled and fast.cuda:  # only now: a backward pass fails when its parameters were written to since the forward one
             fast.ahead = early.launch(fast.mlps, fast.head, batch.input_ids)
-        plain = _plain(fast, batch, parameters, say) if self_check else None
+        ahead = _compile_ahead(fast, batch, parameters) if self_check else None
+        try:
+            plain = _plain(fast, batch, parameters, say) if self_check else None
+        finally:
+            made = ahead is not None and ahead.end()
         if self_check and plain is None and not unchecked:
             fast.narrow = {}
         while True:
-            fast.install(fast.level)
+            fast.install(fast.level, made)
+            made = False
             found, failed = _pass(fast, batch, parameters, say)
             if plain is not None and found is not None:
                 kind, limits = bounds(fast.model, bool(fast.narrow))
@@ -263,6 +261,19 @@ def _try(
                 fast.install(fast.level)
                 break
     fast.compile_seconds = time.perf_counter() - started
+
+
+def _compile_ahead(fast: Fast, batch: Batch, parameters: Mapping[str, nn.Parameter]) -> twin.Ahead | None:
+    """Begin to compile the layers while the plain pass works. Not in fp8: which layers are in it is what that pass tells."""
+    if not fast.compiled or not fast.cuda or fast.narrow:
+        return None
+    settle(kept(fast.level, fast.level == 0))
+    torch._dynamo.reset()
+    with fast.routed(batch):
+        thread = twin.begin(fast.model, fast.layers, fast.mlps, fast.stacks, parameters.values(), fast.varying, lambda: fast.loss(batch))
+    if thread is not None:
+        thread.start()
+    return thread
 
 
 def _pass(
@@ -313,7 +324,7 @@ def _plain(
     except torch.OutOfMemoryError:
         _clear(parameters)
     finally:
-        uninstall(fast.layers)
+        uninstall(fast.layers, settings=False)  # which a layer may be being compiled with
         release()
     if found is None and keeps:
         return _plain(fast, batch, parameters, say, keep=False)
@@ -373,27 +384,3 @@ def _brief(layers: list[nn.Module], tokens: int) -> bool:
     """Whether layers are so small that they wait for the host: by four operations a weight and token."""
     weights = sum(prod(features(m)) for layer in layers for _, m in modules(layer) if is_linear(m)) / max(len(layers), 1)
     return 4 * weights * tokens < BRIEF * FLOPS
-
-
-def _level(batch: Batch, memory: Memory, layers: list[nn.Module], compiled: bool) -> float:
-    """The share of activations to keep. On a CPU "auto" keeps all."""
-    device = batch.input_ids.device
-    if not isinstance(memory, str) and memory <= 1:
-        return float(memory)
-    if device.type != "cuda":
-        return 1.0
-    free, _ = torch.cuda.mem_get_info(device)
-    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    if not isinstance(memory, str):
-        free = min(free, int(memory) - torch.cuda.memory_allocated(device))
-    need = activation_bytes(layers, batch.input_ids.numel())
-    fixed = 3 * need / max(len(layers), 1) + 2**30  # a layer's own temporaries and the loss's slice, in either case
-    share = (SPARE * free - fixed) / max(need, 1)
-    return next((level for level in LEVELS if min(level, LEAN if compiled else 1.0) <= share), 0.0)
-
-
-def activation_bytes(layers: list[nn.Module], tokens: int) -> int:
-    """What these layers keep for the backward pass, about: inputs and outputs of every linear map at 2 bytes (measured: 37 GB for an
-    8-billion Llama at 8192 tokens, where this says 40)."""
-    width = sum(sum(features(m)) for layer in layers for _, m in modules(layer) if is_linear(m))
-    return int(2 * 0.85 * width * tokens)

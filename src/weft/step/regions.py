@@ -13,6 +13,7 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from importlib import import_module
+from threading import local
 from typing import Any
 from weakref import ref
 
@@ -23,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 from weft.core import base_class
 from weft.step.graph import Chain
-from weft.step.warm import compiler
+from weft.step.warming import compiler
 
 logger = logging.getLogger("weft")
 
@@ -43,6 +44,35 @@ def repeated(model: nn.Module) -> list[nn.Module]:
     return found
 
 
+class Unrun(Exception):
+    """A graph was compiled, within `unrun`."""
+
+
+_here = local()
+
+
+@contextmanager
+def unrun() -> Iterator[None]:
+    """Within it, in this thread, a call of a layer that is compiled ends with `Unrun` when its graph is there."""
+    _here.unrun = True
+    try:
+        yield
+    finally:
+        _here.unrun = False
+
+
+def inductor(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+    """torch's compiler, as a backend of `torch.compile`."""
+    compiled = import_module("torch._inductor.compile_fx").compile_fx(graph, inputs)
+
+    def run(*args: Any) -> Any:
+        if getattr(_here, "unrun", False):
+            raise Unrun
+        return compiled(*args)
+
+    return run
+
+
 class Region:
     """What a layer's call does instead.
 
@@ -58,7 +88,7 @@ class Region:
         self, layer: nn.Module, compile: bool, varying: bool, recompute: bool, offload: Offload | None, chain: Chain | None = None
     ) -> None:
         self.layer, self.compile, self.recompute, self.offload, self.chain = layer, compile, recompute, offload, chain
-        self.run: Callable[..., Any] = torch.compile(layer._call_impl, dynamic=varying) if compile else layer._call_impl
+        self.run: Callable[..., Any] = torch.compile(layer._call_impl, dynamic=varying, backend=inductor) if compile else layer._call_impl
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():  # evaluation: its shapes are others, and compiling for a forward alone does not pay
@@ -187,26 +217,37 @@ def _set(config: Any, name: str, value: Any) -> None:
     setattr(config, name, value)
 
 
-def install(
-    layers: list[nn.Module], compile: bool, varying: bool, recompute: int, offload: bool, budget: float, chain: Chain | None = None
-) -> None:
-    """Give the layers their regions; the first `recompute` of them are recomputed.
+def settle(budget: float) -> None:
+    """torch's settings for compiling layers, until `uninstall`.
 
     budget: share of the activations that a compiled layer keeps (1: all but what is cheap to make again).
     """
+    compiler().join()
+    _set(aot, "activation_memory_budget", budget)
+    takes = import_module("weft.step.budget").Takes()  # only now: it imports the compiler
+    _set(aot, "activation_memory_budget_runtime_estimator", takes)
+    _set(aot, "is_non_builtin_to_include", True)  # our own operations are weighed like torch's
+    # The cache of whole graphs passes by what holds an autograd Function, such as a packed layer's product. It need not: the compiler
+    # has traced both its passes by then, and they are part of the key.
+    _set(aot, "autograd_cache_allow_custom_autograd_functions", True)
+    _set(aot, "force_non_lazy_backward_lowering", True)  # a training step will want it, and what is compiled ahead is not run
+    _set(torch._dynamo.config, "recompile_limit", max(64, torch._dynamo.config.recompile_limit))  # kinds of layer, modes, ranks
+    # Where shapes vary every float (a scale, an epsilon) would be an input, as a tensor on the CPU: C++ to build in a card's graph.
+    _set(torch._dynamo.config, "specialize_float", True)
+
+
+def install(
+    layers: list[nn.Module], compile: bool, varying: bool, recompute: int, offload: bool, budget: float, chain: Chain | None = None,
+    ahead: bool = False,
+) -> None:  # fmt: skip
+    """Give the layers their regions; the first `recompute` of them are recomputed.
+
+    budget: as for `settle`. ahead: a graph for it is there already (`weft.step.twin`).
+    """
     if compile:
-        compiler().join()
-        _set(aot, "activation_memory_budget", budget)
-        takes = import_module("weft.step.budget").Takes()  # only now: it imports the compiler
-        _set(aot, "activation_memory_budget_runtime_estimator", takes)
-        _set(aot, "is_non_builtin_to_include", True)  # our own operations are weighed like torch's
-        # The cache of whole graphs passes by what holds an autograd Function, such as a packed layer's product. It need not: the compiler
-        # has traced both its passes by then, and they are part of the key.
-        _set(aot, "autograd_cache_allow_custom_autograd_functions", True)
-        torch._dynamo.reset()  # graphs of another budget
-        _set(torch._dynamo.config, "recompile_limit", max(64, torch._dynamo.config.recompile_limit))  # kinds of layer, modes, ranks
-        # Where shapes vary every float (a scale, an epsilon) would be an input, as a tensor on the CPU: C++ to build in a card's graph.
-        _set(torch._dynamo.config, "specialize_float", True)
+        settle(budget)
+        if not ahead:
+            torch._dynamo.reset()  # graphs of another budget
     away = Offload() if offload else None
     for i, layer in enumerate(layers):
         region = Region(layer, compile, varying, i < recompute, away, chain)
@@ -215,9 +256,9 @@ def install(
             chain.regions.append(region)
 
 
-def uninstall(layers: list[nn.Module]) -> None:
+def uninstall(layers: list[nn.Module], settings: bool = True) -> None:
     """Give the layers their own calls back, and torch its settings."""
-    while _before:
+    while settings and _before:
         config, name, value = _before.pop()
         setattr(config, name, value)
     for layer in layers:

@@ -1,0 +1,118 @@
+"""A layer that is compiled ahead, from a copy: its graph is the one that all layers then use, and nothing is left of the copy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import weft
+from tests.step.test_loss import rows
+from weft.data import pack, pad
+from weft.models import attention
+from weft.step import fast as steps
+from weft.step import prepare
+from weft.step.fast import Fast
+from weft.step.twin import Ahead
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", r"ignore:The \.grad attribute")
+SIZES = dict(hidden_size=64, intermediate_size=96, num_attention_heads=4, num_key_value_heads=2, vocab_size=99)
+
+
+def build(method: type[Any] = weft.LoRA) -> Any:
+    model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=3, **SIZES)).requires_grad_(False)
+    return weft.adapt(model, method(rank=4)).train()
+
+
+@pytest.fixture
+def ended(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """On a CPU it is tried too; whether there was a graph, each time."""
+    told: list[bool] = []
+    begin, end = steps._compile_ahead, Ahead.end
+
+    def trying(fast: Fast, *rest: Any) -> Any:
+        fast.cuda = True
+        try:
+            return begin(fast, *rest)
+        finally:
+            fast.cuda = False
+
+    def telling(self: Ahead) -> bool:
+        told.append(end(self))
+        return told[-1]
+
+    monkeypatch.setattr(steps, "usable", lambda t: True)
+    monkeypatch.setattr(steps, "_compile_ahead", trying)
+    monkeypatch.setattr(Ahead, "end", telling)
+    counters.clear()
+    return told
+
+
+@pytest.mark.parametrize("varying", [False, True])
+@pytest.mark.parametrize("method", [weft.LoRA, weft.DoRA])
+def test_its_graphs_are_the_layers_both_ways(ended: list[bool], monkeypatch: pytest.MonkeyPatch, method: type[Any], varying: bool) -> None:
+    model = build(method)
+    parameters = weft.adapters.trainable(model, "default")
+    places = {name: p.data_ptr() for name, p in parameters.items()}
+    graphs: list[int] = []
+    plain = steps._plain
+    end = Ahead.end
+
+    def ending(self: Ahead) -> bool:
+        made = end(self)
+        graphs.append(counters["inductor"]["fxgraph_cache_miss"] + counters["inductor"]["fxgraph_cache_hit"])
+        return made
+
+    def after(fast: Fast, *rest: Any) -> Any:
+        assert not any(p.grad is not None and p.grad.any() for p in parameters.values())
+        return plain(fast, *rest)
+
+    monkeypatch.setattr(Ahead, "end", ending)
+    monkeypatch.setattr(steps, "_plain", after)
+    fast = prepare(model, pad(rows([9, 4, 7])), parameters, compile=True, varying=varying, say=pytest.fail)
+    assert ended == [True] and graphs == [2] and fast.compiled and fast.stacks and fast.mlps
+    fast.loss(pad(rows([9, 5, 8]))).backward()
+    assert counters["frames"]["total"] == 1 and counters["inductor"]["fxgraph_cache_miss"] + counters["inductor"]["fxgraph_cache_hit"] == 2
+    fast.close()
+    assert places == {name: p.data_ptr() for name, p in parameters.items()}
+
+
+def test_packed_rows(ended: list[bool]) -> None:
+    model = build()
+    assert attention.use(model)
+    fast = prepare(model, pack(rows([9, 4, 7])), weft.adapters.trainable(model, "default"), compile=True, say=pytest.fail)
+    assert ended == [True] and fast.compiled and "self-check" in fast.said[0]
+    fast.close()
+
+
+def test_settings_are_those_of_the_level(ended: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where torch keeps them for each thread by itself."""
+    seen: list[float] = []
+    from torch._functorch import config, partitioners
+
+    work = partitioners.min_cut_rematerialization_partition
+    monkeypatch.setattr(
+        "torch._inductor.compile_fx.min_cut_rematerialization_partition",
+        lambda *a, **k: seen.append(config.activation_memory_budget) or work(*a, **k),
+    )
+    monkeypatch.setattr(config, "enable_autograd_cache", False)  # a graph from there has been cut already
+    model = build()
+    parameters = weft.adapters.trainable(model, "default")
+    fast = prepare(model, pad(rows([9, 4])), parameters, compile=True, memory=0.3, varying=False, say=pytest.fail)
+    fast.close()
+    assert seen == [0.3] and ended == [True] and config.activation_memory_budget == 1.0
+
+
+@pytest.mark.parametrize("wrong", ["copy", "compiler"])
+def test_without_it_layers_are_compiled_as_ever(ended: list[bool], monkeypatch: pytest.MonkeyPatch, wrong: str) -> None:
+    model = build()
+    if wrong == "copy":
+        model.model.layers[0].mlp.odd = torch.ones(2, requires_grad=True) * 2  # torch copies no such tensor
+    else:
+        monkeypatch.setattr(Ahead, "_compile", lambda self: None)
+    fast = prepare(model, pad(rows([9, 4])), weft.adapters.trainable(model, "default"), compile=True, say=pytest.fail)
+    assert ended == ([] if wrong == "copy" else [False]) and fast.compiled
+    fast.close()
