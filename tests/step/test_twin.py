@@ -98,10 +98,10 @@ def test_settings_are_those_of_the_level(ended: list[bool], monkeypatch: pytest.
         "torch._inductor.compile_fx.min_cut_rematerialization_partition",
         lambda *a, **k: seen.append(config.activation_memory_budget) or work(*a, **k),
     )
-    monkeypatch.setattr(config, "enable_autograd_cache", False)  # a graph from there has been cut already
     model = build()
     parameters = weft.adapters.trainable(model, "default")
-    fast = prepare(model, pad(rows([9, 4])), parameters, compile=True, memory=0.3, varying=False, say=pytest.fail)
+    with config.patch(enable_autograd_cache=False):  # a graph from there has been cut already
+        fast = prepare(model, pad(rows([9, 4])), parameters, compile=True, memory=0.3, varying=False, say=pytest.fail)
     fast.close()
     assert seen == [0.3] and ended == [True] and config.activation_memory_budget == 1.0
 
