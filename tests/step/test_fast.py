@@ -168,8 +168,7 @@ def test_floats_are_constants_of_a_compiled_layer(monkeypatch, varying):
         graphs.append(graph)
         return make_boxed_func(graph.forward)
 
-    compile = partial(torch.compile, backend=aot_autograd(fw_compiler=keep, bw_compiler=keep))
-    monkeypatch.setattr("weft.step.regions.torch.compile", compile)
+    monkeypatch.setattr("weft.step.regions.inductor", aot_autograd(fw_compiler=keep, bw_compiler=keep))
     layers = repeated(model)
     install(layers, True, varying, 0, False, 1.0)
     try:

@@ -7,7 +7,6 @@ import os
 import signal
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +79,7 @@ def alike(folder: Path, **more: Any) -> list[Recipe]:
 
 
 def backend(monkeypatch: pytest.MonkeyPatch, how: Any) -> None:
-    monkeypatch.setattr("weft.step.regions.torch.compile", partial(torch.compile, backend=how))
+    monkeypatch.setattr("weft.step.regions.inductor", how)
 
 
 @compiling

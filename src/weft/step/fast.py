@@ -264,8 +264,9 @@ def _try(
 
 
 def _compile_ahead(fast: Fast, batch: Batch, parameters: Mapping[str, nn.Parameter]) -> twin.Ahead | None:
-    """Begin to compile the layers while the plain pass works. Not in fp8: which layers are in it is what that pass tells."""
-    if not fast.compiled or not fast.cuda or fast.narrow:
+    """Begin to compile the layers while the plain pass works. Not in fp8: which layers are in it is what that pass tells. And not where
+    processes exchange what their layers need: a copy's call, and a forward pass that ends at the first layer, are no part of that."""
+    if not fast.compiled or not fast.cuda or fast.narrow or _several():
         return None
     settle(kept(fast.level, fast.level == 0))
     torch._dynamo.reset()
@@ -373,11 +374,16 @@ def _one_by_one(model: nn.Module, batch: Batch, random: bool) -> str:
         return "attention over packed rows goes by their lengths on the host in fp32"
     if getattr(model, "plan", None) is not None:  # a prefix's keys, where an ALoRA begins
         return "an adapter of the whole model hands its layers more than they are called with"
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+    if _several():
         return "several processes train, which may exchange gradients in the middle of a backward pass"
     if any(getattr(m, "gradient_checkpointing", False) for m in model.modules()):
         return "the model recomputes its layers by itself (gradient checkpointing)"
     return ""
+
+
+def _several() -> bool:
+    """Whether several processes train."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def _brief(layers: list[nn.Module], tokens: int) -> bool:

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from weft.core import WeftError
 from weft.methods.kept import Kept
 from weft.step import gated, stacked
 from weft.step.regions import Region, Unrun, unrun
@@ -40,13 +39,13 @@ def begin(
     try:
         args, kwargs = _given(layers[0], loss)
         twin = _copy(model, layers[0], parameters)
-    except (TypeError, ValueError, RuntimeError, AttributeError, IndexError, KeyError, AssertionError, WeftError) as error:
-        logger.info("no layer is compiled ahead (%s: %s)", type(error).__name__, error)
+        twins = dict(zip(layers[0].modules(), twin.modules(), strict=True))
+        ways = {twins[m]: way for m, way in mlps.items() if m in twins}
+        groups = {twins[m]: stacked.Stack(s.names, [twins[one] for one in s.layers]) for m, s in stacks.items() if m in twins}
+        return Ahead(Region(twin, True, varying, False, None), args, kwargs, ways, groups)
+    except Exception:  # not every module can be copied; what is wrong with the model itself the plain pass meets next
+        logger.debug("no layer is compiled ahead", exc_info=True)
         return None
-    twins = dict(zip(layers[0].modules(), twin.modules(), strict=True))
-    ways = {twins[m]: way for m, way in mlps.items() if m in twins}
-    groups = {twins[m]: stacked.Stack(s.names, [twins[one] for one in s.layers]) for m, s in stacks.items() if m in twins}
-    return Ahead(Region(twin, True, varying, False, None), args, kwargs, ways, groups)
 
 
 class Ahead(Thread):
