@@ -31,7 +31,7 @@ from weft.core import Adapter, WeftError, features, is_linear, modules
 from weft.kernels.launch import usable
 from weft.kernels.scratch import release
 from weft.quant import QuantLinear
-from weft.step import early, gated, stacked, twin
+from weft.step import early, elide, gated, stacked, twin
 from weft.step.capture import able
 from weft.step.check import bounds, differences, measure, pieces, stirred
 from weft.step.fp8 import BOUND, narrowable, watched
@@ -64,6 +64,7 @@ class Fast:
     narrow: dict[str, QuantLinear] = field(default_factory=dict)  # the layers that multiply in fp8, by path
     mlps: dict[nn.Module, gated.Way] = field(default_factory=dict)  # gated ones whose inside is one operation, and by what
     stacks: dict[nn.Module, stacked.Stack] = field(default_factory=dict)  # modules of whose layers some are one product
+    tail: list[nn.Module] = field(default_factory=list)  # of the last layer: they work on tokens that bear loss alone
     graphs: bool = False  # compiled layers run as CUDA graphs, where that can be; gradients are then those of `backward()` alone
     insist: bool = False  # also where these leave little memory
     chain: Chain | None = None
@@ -73,7 +74,7 @@ class Fast:
 
     def loss(self, batch: Batch) -> Tensor:
         """Sum of the cross-entropies of a micro-batch, () fp32."""
-        with stacked.working(self.stacks):
+        with stacked.working(self.stacks), elide.only(self.tail, batch):
             return loss_sum(self.model, batch, self.head, unmasked=self.unmasked)
 
     def losses(self, batch: Batch, counts: Sequence[int]) -> list[Tensor]:
@@ -102,6 +103,7 @@ class Fast:
         if self.graphs and self.compiled and not offload:
             self.chain = Chain(self.insist)
         if self.compiled or recompute:
+            self.tail = []  # a graph more, or computed again when the batch is another
             install(self.layers, self.compiled, self.varying, recompute, offload, share, self.chain, ahead)
 
     @property
@@ -129,6 +131,8 @@ class Fast:
             parts.append(f"{stacked.named(self.stacks)} stacked")
         if self.narrow:
             parts.append(f"{len(self.narrow)} products in fp8")
+        if self.tail:
+            parts.append("the last layer's MLP at tokens that bear loss")
         parts.append("no logits formed" if self.head is not None else "all logits formed")
         if self.unmasked:
             parts.append("padding not masked")
@@ -182,7 +186,9 @@ def prepare(
             fast.mlps = gated.gated_mlps(model)
         if compiled:
             fast.stacks = stacks(model, fast.mlps, narrow.values())
-    if not fast.compiled and fast.head is None and not fast.unmasked and not fast.narrow:
+        elif not batch.owners:
+            fast.tail = elide.tail(model, layers, head)
+    if not (fast.compiled or fast.head is not None or fast.unmasked or fast.narrow or fast.tail):
         fast.install(fast.level)
         return fast
     random = _active_dropout(model)
@@ -257,7 +263,7 @@ def _try(
                 fast.compiled = False
             else:
                 say(f"the plain step is used: the fast step {failed}")
-                fast.compiled, fast.head, fast.unmasked, fast.narrow = False, None, False, {}
+                fast.compiled, fast.head, fast.unmasked, fast.narrow, fast.tail = False, None, False, {}, []
                 fast.install(fast.level)
                 break
     fast.compile_seconds = time.perf_counter() - started

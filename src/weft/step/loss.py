@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
@@ -145,6 +145,13 @@ def _needs_mask(model: nn.Module, some: Tensor, head: nn.Linear | None) -> str:
     if not leak <= tolerance / 30:
         return f"without it padding reaches real tokens (by {leak:.2g}, largest {largest:.2g})"
     return ""
+
+
+@contextmanager
+def forwards(model: nn.Module, head: nn.Linear | None) -> Iterator[Callable[[Tensor], Tensor]]:
+    """Within it: token ids (n, T) -> logits (n, T, V), or what the head would make them of; for trials, as `_trying` has it."""
+    with _trying(model), nullcontext() if head is None else _passing(head):
+        yield lambda ids: _tensor(model(ids, **_uncached(model)))
 
 
 @contextmanager
