@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from weft.models import attention
+from weft.models.layout import layout_of
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -190,7 +191,7 @@ def made(way: str, lengths: Sequence[int], cu: Tensor, in_graph: bool = False) -
         return flex(lengths, cu.device)
     work: Attend = partial(dense, lengths)
     if way == "padded":
-        attention.layout_of(cu)  # once a batch, in training on the host and ahead
+        layout_of(cu)  # once a batch, in training on the host and ahead
 
         def work(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             return attention.padded(q, k, v, cu, None, None)

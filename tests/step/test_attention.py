@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from tests.step.test_loss import MODELS, build
 from weft.models import attention
+from weft.models.layout import layout, layout_of
 
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: FlashAttention has no CPU form")
 
@@ -71,18 +72,18 @@ def test_padded_with_a_prefix_before_the_keys_is_exact(lengths, prefix, window):
 def test_gradients_of_gradients():
     lengths = [3, 1, 5]
     cu = starts(lengths)
-    plan = attention.layout(lengths)
+    plan = layout(lengths)
     x = torch.randn(9, 2, 3, dtype=torch.float64, requires_grad=True)
     assert torch.equal(attention._Collect.apply(attention._Spread.apply(x, plan.place, plan.size), plan.place, plan.size), x)
     assert torch.autograd.gradcheck(lambda x: attention._Spread.apply(x, plan.place, plan.size), x)
     assert torch.autograd.gradgradcheck(lambda x: attention._Spread.apply(x, plan.place, plan.size).square(), x)
-    assert attention.layout_of(cu) is attention.layout_of(cu)
+    assert layout_of(cu) is layout_of(cu)
 
 
 def test_blocks_hold_rows_of_like_length_and_little_padding():
     torch.manual_seed(0)
     lengths = torch.randint(1, 500, (80,)).tolist()
-    plan = attention.layout(lengths)
+    plan = layout(lengths)
     assert plan.size < 1.3 * sum(lengths) and len(plan.blocks) < 20
     assert plan.place.unique().numel() == sum(lengths) and int(plan.place.max()) < plan.size
 
@@ -173,3 +174,21 @@ def test_packing_does_not_go_with_a_cache():
     cache = model(torch.arange(3, 8)[None], use_cache=True).past_key_values
     with pytest.raises(ValueError, match="a packed batch does not go together with a cache"):
         model(torch.arange(3, 8)[None], past_key_values=cache, **attention.packed_kwargs(starts([2, 3])))
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral-window", "qwen2-window", "gemma3-window"])
+def test_rows_without_padding_need_no_mask(name):
+    """The placeholder stands for a causal mask, with a layer's window if it has one."""
+    model = build(*MODELS[name]).double()
+    ids = torch.randint(3, 97, (3, 11))
+    want = model(ids, use_cache=False).logits
+    assert attention.use(model)
+    made = []
+    real = attention._sdpa_mask
+    attention._sdpa_mask = lambda *a, **k: made.append(a) or real(*a, **k)
+    try:
+        got = model(ids, attention_mask=attention.placeholder(ids.device), use_cache=False).logits
+    finally:
+        attention._sdpa_mask = real
+    assert not made
+    torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)

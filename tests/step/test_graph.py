@@ -12,14 +12,15 @@ from torch import Tensor, nn
 import weft
 from tests.step.test_loss import build, rows
 from weft.core import WeftError
-from weft.data import pack, pad
+from weft.data import join, pack, pad
 from weft.data.batches import filled
-from weft.models import attention
+from weft.models import attention, layout
 from weft.step import fast as fast_module
-from weft.step import graph, loss_sum, prepare
+from weft.step import graph, loss_sum, loss_sums, prepare
 from weft.step.capture import Graphs
 from weft.step.graph import Chain
 from weft.step.regions import install, repeated, uninstall
+from weft.step.routing import routed
 from weft.train.flat import Flat
 
 
@@ -37,7 +38,7 @@ class Again(Graphs):
 
     def forward(self) -> None:
         for t in self.given:  # what the CPU's attention has found out about rows; on a card that stays there
-            attention._layouts.pop(t, None)
+            layout._layouts.pop(t, None)
         with torch.enable_grad():
             self.live = self.layers()
         self.out.copy_(self.live)
@@ -147,6 +148,40 @@ def test_packed_rows_of_one_shape_and_gradients_of_several_micro_batches():
     assert attention.use(model)
     chain = chained(model)
     same(train(model, groups, chain), want)
+
+
+def test_rows_of_several_adapters():
+    """A batch has plans of its own; a graph stays while they say the same, and whose lines are where is in it."""
+
+    def trained(chain_of):
+        model = adapted()
+        weft.adapt(model, weft.LoRA(rank=2), name="second")
+        assert attention.use(model)
+        parameters = {f"{name} {key}": p for name in ("default", "second") for key, p in weft.adapters.trainable(model, name).items()}
+        flat = Flat(parameters, lambda name: 1.0)
+        torch.manual_seed(5)
+        flat.data.add_(0.05 * torch.randn_like(flat.data))
+        chain, seen, graphs = chain_of(model), [], []
+        for i in range(10):
+            batches = [filled(pack(rows([9, 4, 7 + i % 3], seed=2 * i + k)), 24, 13) for k in range(2)]
+            batch = join(batches, ["default", "second"] if i < 6 else ["second", "default"])
+            with routed(model, batch):
+                parts = loss_sums(model, batch, [b.n_targets for b in batches])
+                torch.stack(parts).sum().backward()
+            seen += [part.detach() for part in parts]
+            del parts  # a capture wants nothing left of an earlier pass
+            graphs.append(0 if chain is None else len(chain.graphs))
+            with torch.no_grad():
+                flat.data.sub_(0.03 * flat.grad)
+            flat.touched()
+            flat.zero_grad()
+        uninstall(repeated(model))
+        return [*seen, flat.data.clone()], graphs
+
+    want, _ = trained(lambda model: None)
+    got, graphs = trained(chained)
+    same(got, want)
+    assert graphs == [0, 1, 1, 1, 1, 1, 0, 1, 1, 1]
 
 
 def test_shapes_come_and_go():

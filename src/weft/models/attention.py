@@ -14,7 +14,6 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -22,10 +21,10 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from weft.kernels.hadamard import power_of_two
+from weft.models.layout import keep_layout, layout_of
 
 try:
     from torch.nn.attention.varlen import varlen_attn
@@ -35,74 +34,26 @@ except ImportError:  # a torch built without it: the padded twin does the work
 NAME = "weft"
 # Since 2.13 heads in groups must be asked for; 2.11 takes them as they come and has no such argument.
 GROUPED = {"enable_gqa": True} if varlen_attn is not None and "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
-ALIKE = 0.7  # rows share a padded block when none is shorter than this share of the longest: at most 1.3 times the tokens, few launches
 logger = logging.getLogger("weft")
 
 
-# ---------------------------------------------------------------------------------------------------------------- layout
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Where the tokens of a packed sequence stand in blocks of rows of like length.
-
-    blocks: (rows, length) of each padded block; they lie behind each other in `size` places.
-    place: (T,) int64, the place of token t.  size: number of places, padding included.
-    """
-
-    blocks: tuple[tuple[int, int], ...]
-    place: Tensor
-    size: int
-
-
-def layout(lengths: Sequence[int], device: torch.device | str = "cpu") -> Layout:
-    """Sort rows into padded blocks of like length. lengths: tokens of each row, in the order in which they are packed."""
-    starts = [0]
-    for length in lengths:
-        starts.append(starts[-1] + length)
-    groups: list[list[int]] = []
-    for row in sorted((r for r in range(len(lengths)) if lengths[r]), key=lambda r: -lengths[r]):
-        if groups and lengths[row] >= ALIKE * lengths[groups[-1][0]]:
-            groups[-1].append(row)
-        else:
-            groups.append([row])
-    place = torch.empty(starts[-1], dtype=torch.int64)
-    blocks, offset = [], 0
-    for group in groups:
-        longest = lengths[group[0]]
-        for i, row in enumerate(group):
-            first = offset + i * longest
-            place[starts[row] : starts[row + 1]] = torch.arange(first, first + lengths[row])
-        blocks.append((len(group), longest))
-        offset += len(group) * longest
-    return Layout(tuple(blocks), place.to(device, non_blocking=True), offset)
-
-
-_layouts: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # cu_seqlens -> Layout: made once a batch, not once a layer
-
-
-def layout_of(cu_seqlens: Tensor) -> Layout:
-    """The layout of one batch. Reads cu_seqlens (a host sync on CUDA) unless `packed_kwargs` was given the lengths."""
-    found = _layouts.get(cu_seqlens)
-    if found is None:
-        found = _layouts[cu_seqlens] = layout(cu_seqlens.diff().tolist(), cu_seqlens.device)
-    return found
+def placeholder(device: torch.device) -> Tensor:
+    """A mask for a model that `use` prepared, whose batch has no padding: transformers hands a mask of four dimensions down as it is, so it
+    neither searches the position ids for row boundaries (a host sync a step) nor makes a (T, T) mask. `attend` takes it for none."""
+    return torch.ones((1, 1, 1, 1), dtype=torch.bool, device=device)
 
 
 def packed_kwargs(cu_seqlens: Tensor, lengths: Sequence[int] = ()) -> dict[str, Any]:
     """What a packed call of the model takes besides `input_ids` and `position_ids`.
 
     cu_seqlens: (rows + 1,) int32, where rows begin, and T.  lengths: the same on the host, when known: it spares a host sync.
-    The 4-d attention mask is a placeholder of one element: transformers hands a mask of four dimensions down as it is, so it neither
-    searches the position ids for row boundaries (a host sync a step) nor builds a (T, T) mask. `attend` does not look at it.
     """
     lengths = lengths or cu_seqlens.diff().tolist()
-    if cu_seqlens.device.type == "cpu" and cu_seqlens not in _layouts:
-        _layouts[cu_seqlens] = layout(lengths)
+    if cu_seqlens.device.type == "cpu":
+        keep_layout(cu_seqlens, lengths)
     longest = power_of_two(max(lengths))  # a bound, and one that differs little between batches: compilers look at it
-    mask = torch.ones((1, 1, 1, 1), dtype=torch.bool, device=cu_seqlens.device)
     return {
-        "attention_mask": mask,
+        "attention_mask": placeholder(cu_seqlens.device),
         "cu_seq_lens_q": cu_seqlens,
         "cu_seq_lens_k": cu_seqlens,
         "max_length_q": longest,
@@ -226,6 +177,8 @@ def attend(
     if _watch is not None:
         _watch.saw(attention_mask, sliding_window, packed=cu_seq_lens_q is not None)
     if cu_seq_lens_q is None:
+        if attention_mask is not None and attention_mask.shape == (1, 1, 1, 1):
+            attention_mask = _band(query.shape[2], sliding_window, query.device)
         kwargs |= {"dropout": dropout, "scaling": scaling, "is_causal": is_causal, "sliding_window": sliding_window}
         return _sdpa(module, query, key, value, attention_mask, **kwargs)
     asked = [name for name in CANNOT if kwargs.get(name) is not None]
@@ -240,6 +193,13 @@ def attend(
     else:
         out = padded(q, k, v, cu_seq_lens_q, scaling, sliding_window, dropout, cu_keys)
     return out[None], None
+
+
+def _band(length: int, window: int | None, device: torch.device) -> Tensor | None:
+    """What a causal layer needs to be told of rows without padding: nothing, unless its window is shorter than they are."""
+    if window is None or window >= length:
+        return None
+    return torch.ones(length, length, dtype=torch.bool, device=device).tril().triu(1 - window)[None, None]
 
 
 def mask(*args: Any, **kwargs: Any) -> Tensor | None:

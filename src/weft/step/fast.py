@@ -374,8 +374,8 @@ def _one_by_one(model: nn.Module, batch: Batch, random: bool) -> str:
         return "that takes a CUDA device"
     if random:
         return "there is dropout, whose masks differ from pass to pass"
-    if batch.owners:
-        return "several adapters train, and whose rows are where changes from batch to batch"
+    if batch.owners and batch.cu_seqlens is None:
+        return "several adapters train on padded rows, and whose are where changes from batch to batch"
     if batch.cu_seqlens is not None and batch.cu_seqlens.is_cuda and bounds(model, False)[0] == "fp32":
         return "attention over packed rows goes by their lengths on the host in fp32"
     if getattr(model, "plan", None) is not None:  # a prefix's keys, where an ALoRA begins

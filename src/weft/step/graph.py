@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from weft.core import Site, Slot, WeftError
+from weft.core import Mixture, Site, Slot, WeftError
 from weft.step.capture import Card, Graphs, Unfit
 from weft.step.gated import STACK
 from weft.step.given import each, kind, like, static, tensors, whole
@@ -212,12 +212,17 @@ class Chain:
         plans = [vars(m)["plan"] for m in self.modules if isinstance(m, Site)]
         return (
             [m.training for m in self.modules],
-            plans,
-            [vars(plan).get("scale") for plan in plans if plan is not None],
+            [_known(plan) for plan in plans],
+            [vars(adapter).get("scale") for plan in plans if plan is not None for adapter in getattr(plan, "adapters", (plan,))],
             [vars(m)[STACK].on for m in self.modules if STACK in vars(m)],
             [(t.data_ptr(), t.requires_grad) for t in self.held],
             [t._version for t in self.held if isinstance(t, nn.Parameter) and not t.requires_grad and not t.is_inference()],
         )
+
+
+def _known(plan: Any) -> Any:
+    """What stays the same of it: a batch whose rows are several adapters' has a plan of its own, which says whose lines are where."""
+    return (plan.adapters, plan.spans) if isinstance(plan, Mixture) else plan
 
 
 def _version(t: Tensor) -> int:

@@ -198,6 +198,8 @@ def _logits(model: nn.Module, batch: Batch, unmasked: bool) -> tuple[Tensor, Ten
         kwargs["position_ids"] = batch.position_ids
     elif batch.attention_mask is not None and not unmasked and "attention_mask" in takes:
         kwargs["attention_mask"] = batch.attention_mask
+    elif "attention_mask" in takes and attention.installed(_inner(model)):
+        kwargs["attention_mask"] = attention.placeholder(batch.input_ids.device)
     keep = batch.keep
     if keep is not None and "logits_to_keep" in takes:
         logits = _tensor(model(batch.input_ids, logits_to_keep=keep, **kwargs))

@@ -72,6 +72,12 @@ class Stack:
                 tensor.data = tensor.data.clone()
         self.W, self.scale, self.rows, self.held, self.tails = None, None, None, [], []
 
+    def drop(self) -> None:
+        """Let go of the weights, where the layers will not be called again: whoever still knows one of them holds nothing large."""
+        for _, _, tensor, _ in self.held:
+            tensor.data = tensor.data.new_empty(0)
+        self.W, self.scale, self.rows, self.held, self.tails = None, None, None, [], []
+
     def able(self) -> bool:
         """Whether all of its layers multiply alike: where they are in fp8, each of them still does so."""
         return all(layer.narrow for layer in self.layers) if self.fp8 else True

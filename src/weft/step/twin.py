@@ -78,6 +78,8 @@ class Ahead(Thread):
     def end(self) -> bool:
         """Wait for it. Whether there is a graph."""
         self.join()
+        for stack in self.stacks.values():
+            stack.drop()
         del self.region, self.args, self.kwargs, self.mlps, self.stacks
         return self.done
 

@@ -125,7 +125,7 @@ class RunData:
             held = load_rows(config.eval, config.format)
         elif config.eval_split:
             rows, held = split_rows(rows, config.eval_split, recipe.seed)
-        packing = bool(config.packing) and attention.use(model)
+        packing = attention.use(model) and bool(config.packing)  # rows without padding need no mask either way
         shown = recipe.train.progress != "off"
         prepared = prepare(rows, tokenizer, config, shown)
         self.report = prepared.report

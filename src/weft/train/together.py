@@ -50,6 +50,7 @@ def train_together(runs: Sequence[Run], fast: Fast, lost: dict[str, Diverged]) -
                 torch.stack(parts).sum().backward()  # type: ignore[no-untyped-call]
             for i, part in zip(there, parts, strict=True):
                 losses[i] += part.detach()
+            del sums, parts, part  # layers are captured as CUDA graphs where nothing is left of an earlier pass
         for (run, group), loss in zip(steps, losses, strict=True):
             try:
                 update(run, group, loss)
