@@ -198,7 +198,8 @@ def _logits(model: nn.Module, batch: Batch, unmasked: bool) -> tuple[Tensor, Ten
         kwargs["position_ids"] = batch.position_ids
     elif batch.attention_mask is not None and not unmasked and "attention_mask" in takes:
         kwargs["attention_mask"] = batch.attention_mask
-    elif "attention_mask" in takes and attention.installed(_inner(model)):
+    elif "attention_mask" in takes and attention.installed(inner := _inner(model)) and getattr(inner, "plan", None) is None:
+        # No padding, and no adapter of the whole model, which may add keys.
         kwargs["attention_mask"] = attention.placeholder(batch.input_ids.device)
     keep = batch.keep
     if keep is not None and "logits_to_keep" in takes:
