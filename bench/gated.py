@@ -2,8 +2,9 @@
 
     python bench/gated.py            # bench/results/gated.json
     python bench/gated.py --tune     # blocks and splits for its kernels, each choice first held against the plain twin
+    python bench/gated.py --forward  # the forward kernel that sums S itself, against the one that leaves it to a product
 
-Times are medians of CUDA-event timings, what is launched around a kernel (the sums of partial gradients) included. Bytes are the tensors
+Times are medians of CUDA-event timings, what is launched around a kernel (the sums of partial results, S) included. Bytes are the tensors
 of the MLP's width that have to be moved, three forward and five back; the yardstick is a copy from device to device in the same run.
 """
 
@@ -11,9 +12,11 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import os
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +26,8 @@ import torch
 from _common import save
 
 from weft.kernels.gated import gated_backward_reference, gated_reference
-from weft.kernels.triton_gated import gated_backward_triton, gated_triton
+from weft.kernels.stacked import padded
+from weft.kernels.triton_gated import gated_backward_triton, gated_by_columns, gated_by_rows, gated_triton
 
 TOKENS, WIDTHS, RANKS = 8192, {"8B": 14336, "1B": 8192, "0.6B": 3072}, (16, 64)
 DEVICE = "cuda"
@@ -39,7 +43,17 @@ def made(n: int, width: int, rank: int, dora: bool = False, gelu: bool = False, 
 
 def inner(given: tuple[Any, ...]) -> tuple[Any, ...]:
     """What the forward pass takes of it."""
-    return *given[2:8], *given[9:]
+    return given[2:]
+
+
+def stacked(given: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The same for the forward pass, g, u, Sg and Su as columns of one tensor as in `weft.kernels.gated_stacked`."""
+    g, u, Sg, Bg, Su, *rest = inner(given)
+    parts = g, u, Sg, Su
+    Z = g.new_empty(len(g), 2 * g.shape[1] + padded(Sg.shape[1] + Su.shape[1]))
+    places = Z[:, : sum(t.shape[1] for t in parts)].split([t.shape[1] for t in parts], 1)
+    g, u, Sg, Su = (place.copy_(t) for place, t in zip(places, parts, strict=True))
+    return g, u, Sg, Bg, Su, *rest
 
 
 def milliseconds(work: Callable[[], Any], rounds: int = 5, times: int = 6) -> float:
@@ -96,8 +110,8 @@ def tune(budget: float) -> list[dict[str, Any]]:
     for rank in RANKS:
         small = made(528, 1040, rank)  # blocks that are cut off both ways, and divisible by 16 as the real ones are, so compiled alike
         exact = tuple(t.double() if torch.is_tensor(t) else t for t in small)
-        wants = (gated_reference(*inner(exact)),), gated_backward_reference(*exact)[:5]
-        works: tuple[Callable[..., Any], ...] = (lambda *t, **how: (gated_triton(*t, **how),), gated_backward_triton)
+        wants = gated_reference(*inner(exact)), gated_backward_reference(*exact)[:5]
+        works: tuple[Callable[..., Any], ...] = gated_by_columns, gated_backward_triton
         for way, passes, work, want, given in zip(("forward", "back"), (3, 5), works, wants, (inner(small), small), strict=True):
             able = []
             for block, columns, warps in itertools.product((16, 32, 64), (64, 128), (4, 8)):
@@ -122,13 +136,73 @@ def tune(budget: float) -> list[dict[str, Any]]:
     return rows
 
 
+def agrees(given: tuple[Any, ...], want: tuple[torch.Tensor, ...], how: dict[str, int]) -> bool:
+    """Whether this choice can be launched, equals the plain twin and repeats itself bit for bit; says so where not."""
+    try:
+        found, again = (gated_by_rows(*given, **how, splits=3) for _ in range(2))
+        gated_by_rows(*given, **how, splits=1)  # S's dtype is another then, and the kernel compiled apart
+        error = max(map(distance, found, want))
+    except Exception as e:  # whatever a compiler or a launch can raise, among it shared memory or registers that are not there
+        print(f"  not {how}: {type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}", flush=True)
+        return False
+    same = all(map(torch.equal, found, again))
+    if error > 1e-2 or not same:
+        print(f"  WRONG {how}: {error:.1e} from the twin, {'the same' if same else 'something else'} when repeated", flush=True)
+    return error <= 1e-2 and same
+
+
+def forward(budget: float) -> list[dict[str, Any]]:
+    """h and S at once over blocks, stages and splits, with DoRA those that were best with LoRA; as `tune` it ends in time."""
+    began, copy, rows = time.perf_counter(), copy_rate(), []
+    print(f"a copy moves {copy:.2f} TB/s", flush=True)
+
+    def left() -> bool:
+        return time.perf_counter() - began < budget
+
+    for rank in RANKS:
+        best: list[dict[str, int]] = []
+        for dora in (False, True):
+            hows = [
+                dict(rows=block, columns=columns, stages=stages)
+                for block, columns, stages in itertools.product((32, 64, 128), (32, 64, 128), (2, 3, 4, 6))
+            ]
+            hows = [how for how in hows if how in best] if dora else hows
+            small = made(528, 1040, rank, dora)  # as in `tune`
+            want = gated_reference(*inner(tuple(t.double() if torch.is_tensor(t) else t for t in small)))
+            given, start = stacked(small), time.perf_counter()
+            with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+                fits = list(pool.map(lambda how: left() and agrees(given, want, how), hows))
+            able = [how for how, fit in zip(hows, fits, strict=True) if fit]
+            print(f"rank {rank}, {'DoRA' if dora else 'LoRA'}: {len(able)} of {len(hows)}, {time.perf_counter() - start:.0f} s", flush=True)
+            for shape, width in WIDTHS.items():
+                full = stacked(made(TOKENS, width, rank, dora))
+                h, A = full[0].contiguous(), full[6]
+                today, product = milliseconds(lambda: gated_by_columns(*full)), milliseconds(lambda: h @ A.T)
+                tried = [
+                    (milliseconds(lambda: gated_by_rows(*full, **how, splits=splits), 3, 4), how | {"splits": splits})
+                    for how in able for splits in (1, 2, 3, 4, 6, 8, 12) if left()
+                ]  # fmt: skip
+                tried.sort(key=lambda t: t[0])
+                best += [{k: v for k, v in how.items() if k != "splits"} for _, how in tried[:4]]
+                row: dict[str, Any] = {"shape": shape, "rank": rank, "method": "DoRA" if dora else "LoRA"}
+                rows.append(row | {"by_columns_ms": today, "of_it_the_product_ms": product, "copy_TB/s": copy, "by_rows": tried[:8]})
+                print(f"{shape}, rank {rank}, {row['method']}: by columns {today:.4f} ms, of it the product {product:.4f}", flush=True)
+                for ms, how in tried[:6]:
+                    rate = 3 * h.nbytes / ms / 1e9 / copy
+                    print(f"  {ms:.4f} ms, {today - ms:+.4f} less, {rate:.2f} of a copy's rate: {how}", flush=True)
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--tune", action="store_true")
+    parser.add_argument("--forward", action="store_true")
     parser.add_argument("--seconds", type=float, default=100)
     args = parser.parse_args()
     if args.tune:
         print(save("gated_tune", {"rows": tune(args.seconds)}, ("torch", "triton")))
+    elif args.forward:
+        print(save("gated_forward", {"tokens": TOKENS, "rows": forward(args.seconds)}, ("torch", "triton")))
     else:
         print(save("gated", {"tokens": TOKENS, "rows": rates()}, ("torch", "triton")))
 

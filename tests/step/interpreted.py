@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,6 +11,8 @@ from torch import Tensor
 from weft.kernels.gated import gated_backward_reference, gated_reference
 from weft.kernels.launch import kernels
 from weft.kernels.linear_cross_entropy import _slice, linear_cross_entropy, linear_cross_entropy_reference
+
+BLOCKS: tuple[dict[str, int], ...] = (dict(rows=32, columns=64, splits=1), dict(rows=128, columns=64, splits=7, stages=2))
 
 
 def near(a: Tensor, b: Tensor) -> None:
@@ -30,7 +33,8 @@ def in_wider_tensors(triton: Any, back: tuple[Any, ...]) -> int:
     dh, dS, g, u, Sg, Bg, Su, Bu, A, *how = back
     (dh_, g_), (u_, Sg_), (Su_,), (dS_,) = columns_of_one(dh, g), columns_of_one(u, Sg), columns_of_one(Su), columns_of_one(dS)
     assert len({t.stride(0) for t in (dh_, u_, Su_)}) == 3
-    assert torch.equal(triton.gated_triton(g_, u_, Sg_, Bg, Su_, Bu, *how), triton.gated_triton(g, u, Sg, Bg, Su, Bu, *how))
+    for work in (triton.gated_by_columns, triton.gated_by_rows):
+        assert all(map(torch.equal, work(g_, u_, Sg_, Bg, Su_, Bu, A, *how), work(g, u, Sg, Bg, Su, Bu, A, *how)))
     for work in (triton.gated_backward_triton, gated_backward_reference):
         dg, du = columns_of_one(torch.zeros_like(g), torch.zeros_like(u))
         (wide,) = {t._base for t in (dg, du)}
@@ -45,21 +49,26 @@ def main() -> None:
     torch.manual_seed(0)
     triton, tried = kernels("triton_gated"), 0
     cases = [(5, 7, 1, 2, 3, torch.float32), (130, 200, 8, 16, 20, torch.float32), (64, 128, 16, 16, 16, torch.float16),
-             (1100, 96, 4, 40, 16, torch.float32), (1, 300, 16, 16, 16, torch.float16)]  # fmt: skip
+             (1100, 96, 4, 40, 16, torch.float32), (1, 300, 16, 16, 16, torch.float16), (17, 130, 33, 5, 1, torch.float16)]  # fmt: skip
     for n, width, rg, ru, rd, dtype in cases:
         g, u, dh, Sg, Su, dS = (torch.randn(n, k).to(dtype) for k in (width, width, width, rg, ru, rd))
         Bg, Bu, A = (0.3 * torch.randn(width, r).to(dtype) for r in (rg, ru, rd))
         A = A.T.contiguous()
         c = [1 + torch.rand(width) if there else None for there in (n != 64, n > 100)]
         how = (*c, width % 3 == 2)
-        near(triton.gated_triton(g, u, Sg, Bg, Su, Bu, *how), gated_reference(g, u, Sg, Bg, Su, Bu, *how))
+        forward = (g, u, Sg, Bg, Su, Bu, A, *how)
+        works = [triton.gated_triton, triton.gated_by_columns, triton.gated_by_rows, *(partial(triton.gated_by_rows, **b) for b in BLOCKS)]
+        for work in works:
+            for a, b in zip(work(*forward), gated_reference(*forward), strict=True):
+                near(a, b)
+                tried += 1
         back = (dh, dS, g, u, Sg, Bg, Su, Bu, A, *how)
         for a, b in zip(triton.gated_backward_triton(*back), gated_backward_reference(*back), strict=True):
             assert a.shape == b.shape
             if a.numel():
                 near(a, b)
                 tried += 1
-        tried += 1 + in_wider_tensors(triton, back)
+        tried += in_wider_tensors(triton, back)
     for n, vocabulary, dtype in ((5, 7, torch.float32), (9, 5000, torch.float32), (3, 8192, torch.float16)):
         logits, targets = (3 * torch.randn(n, vocabulary)).to(dtype), torch.randint(0, vocabulary, (n,))
         targets[1] = -100

@@ -47,16 +47,18 @@ def test_the_operation_and_its_gradients(n, width, ranks, scaled, gelu):
 
 def test_it_is_rounded_once():
     torch.manual_seed(0)
-    given = [torch.randn(s, dtype=torch.bfloat16) for s in ((33, 20), (33, 20), (33, 4), (20, 4), (33, 4), (20, 4))]
-    exact = gated_reference(*(t.double() for t in given))
-    assert torch.equal(gated_reference(*given), exact.to(torch.bfloat16))
+    given = [torch.randn(s, dtype=torch.bfloat16) for s in ((33, 20), (33, 20), (33, 4), (20, 4), (33, 4), (20, 4), (3, 20))]
+    exact, _ = gated_reference(*(t.double() for t in given))
+    h, S = gated_reference(*given)
+    assert torch.equal(h, exact.to(torch.bfloat16))
+    torch.testing.assert_close(S, (h.double() @ given[6].double().T).to(torch.bfloat16))
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is for Linux only")
 def test_the_triton_kernels_equal_plain_torch():
     script = Path(__file__).with_name("interpreted.py")
     done = subprocess.run([sys.executable, script], env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0 and done.stdout.strip() == "47 equal", done.stdout + done.stderr[-2000:]
+    assert done.returncode == 0 and done.stdout.strip() == "109 equal", done.stdout + done.stderr[-2000:]
 
 
 def test_which_mlps_are_taken():
@@ -163,7 +165,7 @@ def test_compiled(monkeypatch, memory, base, method):
 def test_a_wrong_one_is_found(monkeypatch):
     monkeypatch.setattr("weft.step.fast.usable", lambda t: True)
     for place in ("gated", "gated_stacked"):
-        monkeypatch.setattr(f"weft.kernels.{place}.gated_reference", lambda *a: 1.1 * gated_reference(*a))
+        monkeypatch.setattr(f"weft.kernels.{place}.gated_reference", lambda *a: [1.1 * t for t in gated_reference(*a)])
     model = build("Llama", {}).requires_grad_(False)
     weft.adapt(model, weft.LoRA(rank=3)).train()
     said: list[str] = []

@@ -45,12 +45,13 @@ def _within_sigmoid(x: Tensor, gelu: bool) -> tuple[Tensor, Tensor | float]:
 
 
 def gated_reference(
-    g: Tensor, u: Tensor, Sg: Tensor, Bg: Tensor, Su: Tensor, Bu: Tensor, cg: Tensor | None = None, cu: Tensor | None = None,
+    g: Tensor, u: Tensor, Sg: Tensor, Bg: Tensor, Su: Tensor, Bu: Tensor, A: Tensor, cg: Tensor | None = None, cu: Tensor | None = None,
     gelu: bool = False,
-) -> Tensor:  # fmt: skip
-    """h in plain operations, rounded once."""
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(h, S) in plain operations, each rounded once; S is of the rounded h."""
     gate, up = _scaled(_within(g, Sg, Bg), cg), _scaled(_within(u, Su, Bu), cu)
-    return (gate * torch.sigmoid(_within_sigmoid(gate, gelu)[0]) * up).to(g.dtype)
+    h = (gate * torch.sigmoid(_within_sigmoid(gate, gelu)[0]) * up).to(g.dtype)
+    return h, h @ A.T
 
 
 def gated_backward_reference(
@@ -77,8 +78,8 @@ def _forward(
     g: Tensor, u: Tensor, Sg: Tensor, Bg: Tensor, Su: Tensor, Bu: Tensor, A: Tensor, cg: Tensor | None, cu: Tensor | None, gelu: bool
 ) -> tuple[Tensor, Tensor]:
     work = kernels("triton_gated").gated_triton if usable(g) else gated_reference
-    h = work(g, u, Sg, Bg, Su, Bu, cg, cu, gelu)
-    return h, h @ A.T
+    h, S = work(g, u, Sg, Bg, Su, Bu, A, cg, cu, gelu)
+    return h, S
 
 
 @_forward.register_fake

@@ -31,8 +31,8 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     work = kernels("triton_gated").gated_triton if usable(Z) else gated_reference
     g, u, Sg, Su, _ = columns(Z, Bg, Bu)
-    h = work(g, u, Sg, Bg, Su, Bu, cg, cu, gelu)
-    return h, h @ A.T
+    h, S = work(g, u, Sg, Bg, Su, Bu, A, cg, cu, gelu)
+    return h, S
 
 
 @_forward.register_fake

@@ -20,6 +20,13 @@ from weft.kernels.launch import on_its_card
 SPLITS = 8
 # Loads of 16-bit tensors that are on their way while one block is worked on, through shared memory; in fp32 that would take all there is.
 STAGES = {torch.bfloat16: 3, torch.float16: 3}
+# Up to which rank the forward kernel sums S itself, in which blocks, and of how many programs an H100 holds at once: they take equally
+# long, so a few more would take twice as long. `bench/gated.py --forward` tries them.
+SUMMED = {
+    16: dict(rows=64, columns=64, stages=3, programs=384),
+    32: dict(rows=64, columns=64, stages=3, programs=256),
+    64: dict(rows=128, columns=32, stages=3, programs=256),
+}
 
 
 @triton.jit
@@ -70,6 +77,40 @@ def _gated(  # type: ignore[no-untyped-def]
             up *= scale_u
         p, _ = _within_sigmoid(gate, GELU)
         tl.store(h + (down * width + across), (gate * _sigmoid(p) * up).to(h.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _gated_and_s(  # type: ignore[no-untyped-def]
+    g, u, Sg, Bg, Su, Bu, A, cg, cu, h, S, n, width, rg, ru, rd, each, g_row, u_row, sg_row, su_row, RG: tl.constexpr, RU: tl.constexpr,
+    RD: tl.constexpr, CG: tl.constexpr, CU: tl.constexpr, GELU: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    STAGES: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    first = tl.program_id(0).to(tl.int64) * ROWS
+    row, column, k = tl.arange(0, ROWS), tl.arange(0, COLUMNS), tl.arange(0, RD)
+    down, below = row[:, None], (first + row < n)[:, None]
+    sg, su = _rows_of(Sg, first + row, n, rg, sg_row, RG), _rows_of(Su, first + row, n, ru, su_row, RU)
+    g, u, h = g + first * g_row, u + first * u_row, h + first * width  # offsets within a block fit into 32 bits
+    s = tl.zeros((ROWS, RD), tl.float32)
+    for start in tl.range(0, each, COLUMNS, num_stages=STAGES):
+        columns = tl.program_id(1) * each + start + column
+        here, across = columns < width, columns[None, :]
+        inside = below & here[None, :]
+        gate = tl.load(g + (down * g_row + across), mask=inside, other=0.0, eviction_policy="evict_first")
+        up = tl.load(u + (down * u_row + across), mask=inside, other=0.0, eviction_policy="evict_first")
+        bg, bu = tl.trans(_rows_of(Bg, columns, width, rg, rg, RG)), tl.trans(_rows_of(Bu, columns, width, ru, ru, RU))
+        a = tl.load(A + (k[:, None] * width + across), mask=(k < rd)[:, None] & here[None, :], other=0.0)
+        gate = gate.to(tl.float32) + tl.dot(sg, bg, input_precision=PRECISION)
+        up = up.to(tl.float32) + tl.dot(su, bu, input_precision=PRECISION)
+        if CG:
+            gate *= tl.load(cg + columns, mask=here, other=0.0)[None, :]
+        if CU:
+            up *= tl.load(cu + columns, mask=here, other=0.0)[None, :]
+        p, _ = _within_sigmoid(gate, GELU)
+        out = (gate * _sigmoid(p) * up).to(h.dtype.element_ty)
+        tl.store(h + (down * width + across), out, mask=inside)
+        s += tl.dot(out, tl.trans(a), input_precision=PRECISION)
+    place = S + (tl.program_id(1).to(tl.int64) * n + first) * rd + (down * rd + k[None, :])
+    tl.store(place, s.to(S.dtype.element_ty), mask=below & (k < rd)[None, :])
 
 
 @triton.jit
@@ -144,11 +185,11 @@ def _exact(t: Tensor) -> str:
 
 
 @on_its_card
-def gated_triton(
-    g: Tensor, u: Tensor, Sg: Tensor, Bg: Tensor, Su: Tensor, Bu: Tensor, cg: Tensor | None = None, cu: Tensor | None = None,
+def gated_by_columns(
+    g: Tensor, u: Tensor, Sg: Tensor, Bg: Tensor, Su: Tensor, Bu: Tensor, A: Tensor, cg: Tensor | None = None, cu: Tensor | None = None,
     gelu: bool = False, rows: int = 32, columns: int = 128, warps: int = 8, splits: int = 8 * SPLITS,
-) -> Tensor:  # fmt: skip
-    """As `gated_reference`, in one launch. g, u, Sg and Su may be columns of wider tensors."""
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """A program goes down its columns, whose factors stay in registers; S is a product of its own, which reads h once more."""
     n, width = g.shape
     h = g.new_empty(n, width)
     each = -(-n // (splits * rows)) * rows
@@ -158,7 +199,43 @@ def gated_triton(
         RG=_padded(Sg.shape[1]), RU=_padded(Su.shape[1]), CG=cg is not None, CU=cu is not None, GELU=gelu, ROWS=rows, COLUMNS=columns,
         STAGES=STAGES.get(g.dtype, 1), PRECISION=_exact(g), num_warps=warps,
     )  # fmt: skip
-    return h
+    return h, h @ A.T
+
+
+@on_its_card
+def gated_by_rows(
+    g: Tensor, u: Tensor, Sg: Tensor, Bg: Tensor, Su: Tensor, Bu: Tensor, A: Tensor, cg: Tensor | None = None, cu: Tensor | None = None,
+    gelu: bool = False, rows: int = 64, columns: int = 64, stages: int = 3, splits: int = 3,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """A program goes along its rows, loads the factors from the second-level cache once a block, and sums S while it has h.
+
+    A warp takes 16 rows, so that h is where the product with A wants it: of twice as many each pair would do the same rows.
+    """
+    n, width = g.shape
+    h, ranks = g.new_empty(n, width), (Sg.shape[1], Su.shape[1], A.shape[0])
+    S = g.new_empty(splits, n, ranks[2], dtype=g.dtype if splits == 1 else torch.float32)
+    each = -(-width // (splits * columns)) * columns
+    grid: Any = (-(-n // rows), splits)
+    _gated_and_s[grid](
+        g, u, Sg, Bg, Su, Bu, A, cg, cu, h, S, n, width, *ranks, each, *(t.stride(0) for t in (g, u, Sg, Su)),
+        RG=_padded(ranks[0]), RU=_padded(ranks[1]), RD=_padded(ranks[2]), CG=cg is not None, CU=cu is not None, GELU=gelu, ROWS=rows,
+        COLUMNS=columns, STAGES=stages, PRECISION=_exact(g), num_warps=rows // 16,
+    )  # fmt: skip
+    return h, S[0] if splits == 1 else S.sum(0).to(g.dtype)
+
+
+def gated_triton(
+    g: Tensor, u: Tensor, Sg: Tensor, Bg: Tensor, Su: Tensor, Bu: Tensor, A: Tensor, cg: Tensor | None = None, cu: Tensor | None = None,
+    gelu: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """As `gated_reference`. g, u, Sg and Su may be columns of wider tensors."""
+    (n, width), rank = g.shape, max(Sg.shape[1], Su.shape[1], A.shape[0])
+    how = next((how for most, how in SUMMED.items() if rank <= most and g.itemsize == 2), None)
+    if how is None:
+        return gated_by_columns(g, u, Sg, Bg, Su, Bu, A, cg, cu, gelu)
+    rows, columns, stages, programs = (how[name] for name in ("rows", "columns", "stages", "programs"))
+    splits = max(1, min(programs // -(-n // rows), -(-width // columns)))
+    return gated_by_rows(g, u, Sg, Bg, Su, Bu, A, cg, cu, gelu, rows, columns, stages, splits)
 
 
 @on_its_card
