@@ -1,8 +1,9 @@
 """The Triton kernels of `weft.kernels.gated`, imported when they are needed.
 
 The ranks' axis is padded to what a matrix unit takes (16 at least). What is summed over tokens is summed by SPLITS programs a block of
-columns, each over its own tokens and in order, and then over those: no atomics, so a run can be repeated bit for bit. What has a row for
-each token may be columns of a wider tensor (last stride 1), each with its own distance from row to row, `*_row`.
+columns, each over its own tokens and in order, and then over those: no atomics, so a run can be repeated bit for bit. S = h Aᵀ is summed
+over columns so, by a few programs a block of rows. What has a row for each token may be columns of a wider tensor (last stride 1), each
+with its own distance from row to row, `*_row`.
 """
 
 from __future__ import annotations
