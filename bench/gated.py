@@ -140,7 +140,6 @@ def agrees(given: tuple[Any, ...], want: tuple[torch.Tensor, ...], how: dict[str
     """Whether this choice can be launched, equals the plain twin and repeats itself bit for bit; says so where not."""
     try:
         found, again = (gated_by_rows(*given, **how, splits=3) for _ in range(2))
-        gated_by_rows(*given, **how, splits=1)  # S's dtype is another then, and the kernel compiled apart
         error = max(map(distance, found, want))
     except Exception as e:  # whatever a compiler or a launch can raise, among it shared memory or registers that are not there
         print(f"  not {how}: {type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}", flush=True)

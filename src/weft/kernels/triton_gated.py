@@ -111,7 +111,7 @@ def _gated_and_s(  # type: ignore[no-untyped-def]
         tl.store(h + (down * width + across), out, mask=inside)
         s += tl.dot(out, tl.trans(a), input_precision=PRECISION)
     place = S + (tl.program_id(1).to(tl.int64) * n + first) * rd + (down * rd + k[None, :])
-    tl.store(place, s.to(S.dtype.element_ty), mask=below & (k < rd)[None, :])
+    tl.store(place, s, mask=below & (k < rd)[None, :])
 
 
 @triton.jit
@@ -214,7 +214,7 @@ def gated_by_rows(
     """
     n, width = g.shape
     h, ranks = g.new_empty(n, width), (Sg.shape[1], Su.shape[1], A.shape[0])
-    S = g.new_empty(splits, n, ranks[2], dtype=g.dtype if splits == 1 else torch.float32)
+    S = g.new_empty(splits, n, ranks[2], dtype=torch.float32)
     each = -(-width // (splits * columns)) * columns
     grid: Any = (-(-n // rows), splits)
     _gated_and_s[grid](
@@ -222,7 +222,7 @@ def gated_by_rows(
         RG=_padded(ranks[0]), RU=_padded(ranks[1]), RD=_padded(ranks[2]), CG=cg is not None, CU=cu is not None, GELU=gelu, ROWS=rows,
         COLUMNS=columns, STAGES=stages, PRECISION=_exact(g), num_warps=rows // 16,
     )  # fmt: skip
-    return h, S[0] if splits == 1 else S.sum(0).to(g.dtype)
+    return h, S.sum(0).to(g.dtype)
 
 
 def gated_triton(
