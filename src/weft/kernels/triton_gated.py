@@ -8,6 +8,7 @@ with its own distance from row to row, `*_row`.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -21,13 +22,10 @@ from weft.kernels.launch import on_its_card
 SPLITS = 8
 # Loads of 16-bit tensors that are on their way while one block is worked on, through shared memory; in fp32 that would take all there is.
 STAGES = {torch.bfloat16: 3, torch.float16: 3}
-# Up to which rank the forward kernel sums S itself, in which blocks, and of how many programs an H100 holds at once: they take equally
-# long, so a few more would take twice as long. `bench/gated.py --forward` tries them.
-SUMMED = {
-    16: dict(rows=64, columns=64, stages=3, programs=384),
-    32: dict(rows=64, columns=64, stages=3, programs=256),
-    64: dict(rows=128, columns=32, stages=3, programs=256),
-}
+# Up to which rank the forward kernel sums S itself, in which blocks, and of how many programs: what an H100 holds at once, since all take
+# equally long. `bench/gated.py --forward` tries them. They want the shared memory of such a card.
+SUMMED = {16: dict(rows=64, columns=128, stages=3, programs=128), 64: dict(rows=128, columns=64, stages=3, programs=128)}
+SHARED = 227 << 10
 
 
 @triton.jit
@@ -206,7 +204,7 @@ def gated_by_columns(
 @on_its_card
 def gated_by_rows(
     g: Tensor, u: Tensor, Sg: Tensor, Bg: Tensor, Su: Tensor, Bu: Tensor, A: Tensor, cg: Tensor | None = None, cu: Tensor | None = None,
-    gelu: bool = False, rows: int = 64, columns: int = 64, stages: int = 3, splits: int = 3,
+    gelu: bool = False, rows: int = 64, columns: int = 128, stages: int = 3, splits: int = 1,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """A program goes along its rows, loads the factors from the second-level cache once a block, and sums S while it has h.
 
@@ -225,6 +223,12 @@ def gated_by_rows(
     return h, S.sum(0).to(g.dtype)
 
 
+@cache
+def _shared(device: torch.device) -> int:
+    """Bytes of shared memory that a program may have."""
+    return SHARED if device.type == "cpu" else torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+
+
 def gated_triton(
     g: Tensor, u: Tensor, Sg: Tensor, Bg: Tensor, Su: Tensor, Bu: Tensor, A: Tensor, cg: Tensor | None = None, cu: Tensor | None = None,
     gelu: bool = False,
@@ -232,7 +236,7 @@ def gated_triton(
     """As `gated_reference`. g, u, Sg and Su may be columns of wider tensors."""
     (n, width), rank = g.shape, max(Sg.shape[1], Su.shape[1], A.shape[0])
     how = next((how for most, how in SUMMED.items() if rank <= most and g.itemsize == 2), None)
-    if how is None:
+    if how is None or _shared(g.device) < SHARED:
         return gated_by_columns(g, u, Sg, Bg, Su, Bu, A, cg, cu, gelu)
     rows, columns, stages, programs = (how[name] for name in ("rows", "columns", "stages", "programs"))
     splits = max(1, min(programs // -(-n // rows), -(-width // columns)))
