@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import weft
@@ -14,7 +16,8 @@ from tests.step.test_loss import MODELS, build
 from weft.adapters import trainable
 from weft.data import Example, pack, pad
 from weft.models import attention
-from weft.step import loss_sum, prepare
+from weft.step import elide, loss_sum, prepare
+from weft.step.check import differences, measure
 from weft.step.elide import only, tail
 from weft.step.regions import repeated
 
@@ -58,6 +61,11 @@ def measured(model, loss):
     return found.detach(), gradients, count.get_total_flops()
 
 
+def packed(model):
+    assert attention.use(model)
+    return pack(examples(MASKS["prompts"]))
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_loss_and_gradients_are_those_of_all_tokens(name):
     model = adapted(*MODELS[name], METHODS["LoRA"], torch.float32 if name == "mixtral" else torch.float64)  # grouped products know no fp64
@@ -67,7 +75,7 @@ def test_loss_and_gradients_are_those_of_all_tokens(name):
             batch = how(examples(masks))
             if how is pack and not attention.use(model):
                 continue
-            found = tail(model, repeated(model), None)
+            found = tail(model, repeated(model), None, trainable(model, "default"))
             assert found
             want = measured(model, partial(loss_sum, model, batch))
             with only(found, batch):
@@ -97,7 +105,7 @@ def test_every_method_in_the_step(method):
 def test_a_batch_without_masked_tokens_costs_nothing_and_lets_no_forward_be_replaced():
     model = adapted(*MODELS["llama"], METHODS["LoRA"])
     batch = replace(pad(examples([[1] * 12])), keep=torch.arange(12))
-    with only(tail(model, repeated(model), None), batch):
+    with only(tail(model, repeated(model), None, trainable(model, "default")), batch):
         assert not any("forward" in vars(m) for m in model.modules())
 
 
@@ -105,11 +113,12 @@ def test_who_is_left_alone():
     def found(change):
         model = adapted(*MODELS["llama"], METHODS["LoRA"])
         change(model)
-        return tail(model, repeated(model), None)
+        return tail(model, repeated(model), None, trainable(model, "default"))
 
     last = lambda model: repeated(model)[-1]  # noqa: E731
     assert len(found(lambda model: None)) == 2
     assert len(found(lambda model: last(model).mlp.register_forward_hook(lambda *_: None))) == 1  # somebody wants all of it
+    assert len(found(lambda model: last(model).mlp.gate_proj.register_forward_hook(lambda *_: None))) == 1  # or of what is in it
     assert not found(lambda model: setattr(model.model, "gradient_checkpointing", True))
 
     def looks_around(model):
@@ -118,11 +127,98 @@ def test_who_is_left_alone():
         norm.forward = lambda x: own(x) + 1e-3 * x.mean(1, keepdim=True)
 
     assert not found(looks_around)
+    assert not found(lambda model: model.add_module("extra", nn.ModuleList([deepcopy(last(model))])))  # a last layer that is never run
+
+
+def test_what_looks_at_other_tokens_is_seen_though_it_starts_by_adding_nothing():
+    model = adapted(*MODELS["llama"], METHODS["LoRA"], torch.float32)
+    mlp = repeated(model)[-1].mlp
+
+    class LooksAround(type(mlp)):
+        def forward(self, x):
+            return super().forward(x) + self.share * x.mean(1, keepdim=True)
+
+    mlp.__class__, mlp.share = LooksAround, nn.Parameter(torch.zeros(()))
+    parameters = {**trainable(model, "default"), "share": mlp.share}
+    fast = prepare(model, packed(model), parameters, compile=False, self_check=False)  # only the trial stands in its way
+    assert not fast.tail and not mlp.share.any()
+    fast.close()
+
+
+def test_around_the_mlp_and_in_it_at_once():
+    model = build(*MODELS["llama"]).requires_grad_(False)
+    weft.adapt(model, weft.Bottleneck(reduction=8, targets=["mlp"]), name="around")
+    weft.adapt(model, METHODS["DoRA"], name="in")
+    weft.use(model, ["around", "in"])
+    parameters = {f"{name} {key}": p.requires_grad_() for name in ("around", "in") for key, p in trainable(model, name).items()}
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for p in parameters.values():
+            p.add_(0.1 * torch.randn_like(p))
+    batch = packed(model)
+    fast = prepare(model.train(), batch, parameters, compile=False)
+    assert len(fast.tail) == 2
+    found, want = (measure(model, [batch], loss, parameters) for loss in (fast.loss, partial(loss_sum, model)))
+    assert not differences(found, want, (1e-6, 1e-5, 1e-4))[1] and len(want[1]) == len(parameters)
+    fast.close()
+
+
+def test_gradients_of_several_batches_add_up_and_evaluation_is_left_alone():
+    model = adapted(*MODELS["qwen3"], METHODS["LoRA"], torch.float32)
+    first = packed(model)
+    batches = [first, pack(examples(MASKS["here and there"], 1)), pack(examples(MASKS["one token"], 2)), pack(examples([[0] * 9], 3))]
+    fast = prepare(model, first, trainable(model, "default"), compile=False)
+    with torch.no_grad():
+        before = model(first.input_ids).logits
+
+    def summed(loss):
+        for batch in batches:
+            loss(batch).backward()
+        grads = {n: p.grad.clone() for n, p in trainable(model, "default").items()}
+        model.zero_grad()
+        return 0.0, grads
+
+    got, want = summed(fast.loss), summed(partial(loss_sum, model))
+    assert fast.tail and not differences(got, want, (1e-6, 1e-5, 1e-4))[1] and any(g.any() for g in want[1].values())
+    with torch.no_grad():
+        assert torch.equal(model(first.input_ids).logits, before)  # every token's
+    fast.close()
+
+
+def test_whoever_hooks_a_module_later_sees_all_tokens():
+    model = adapted(*MODELS["llama"], METHODS["LoRA"], torch.float32)
+    batch, seen = packed(model), []
+    fast = prepare(model, batch, trainable(model, "default"), compile=False)
+    assert len(fast.tail) == 2
+    repeated(model)[-1].mlp.down_proj.register_forward_hook(lambda m, given, made: seen.append(made.shape[1]))
+    fast.loss(batch)
+    assert seen == [batch.input_ids.shape[1]]
+    fast.close()
+
+
+def test_a_step_that_disagrees_loses_this_alone(monkeypatch):
+    own = elide._only
+    monkeypatch.setattr(elide, "_only", lambda found, keep, length, others: own(found, keep if others else keep[1:], length, others))
+    model = adapted(*MODELS["llama"], METHODS["LoRA"], torch.float32)
+    batch, said = packed(model), []
+    fast = prepare(model, batch, trainable(model, "default"), compile=False, say=said.append)
+    assert len(said) == 1 and said[0].startswith("the last layer computes all tokens: ") and "does not agree" in said[0]
+    assert not fast.tail and fast.head is not None and fast.said and "the last layer" not in fast.describe()
+    fast.close()
+
+
+def test_what_the_self_check_would_not_see_is_not_used():
+    model = adapted(*MODELS["llama"], METHODS["LoRA"], torch.float32)
+    batch = replace(packed(model), owners=("default",) * 2)
+    assert not elide.masked(batch) and not elide.masked(replace(batch, owners=(), keep=None))
+    batch = replace(pad(examples([[1] * 12])), keep=torch.arange(12))
+    assert not prepare(model, batch, trainable(model, "default"), compile=False).tail
 
 
 def test_layers_that_are_computed_again_are_computed_whole():
     model = adapted(*MODELS["llama"], METHODS["LoRA"], torch.float32)
     batch = pad(examples(MASKS["prompts"]))
-    fast = prepare(model, batch, trainable(model, "default"), compile=False, memory=0.0)
-    assert not fast.tail
+    said = []
+    fast = prepare(model, batch, trainable(model, "default"), compile=False, memory=0.0, say=said.append)
+    assert not fast.tail and not said
     fast.close()

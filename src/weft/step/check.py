@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from weft.core import Adapter
 from weft.step.routing import routed
 
 # ‖fast - plain‖ / ‖plain‖: of the loss, of all gradients together, and of one parameter's gradient. In fp32 only the order of sums
@@ -111,3 +112,14 @@ def stirred(parameters: Mapping[str, nn.Parameter], device: torch.device) -> Ite
             with torch.no_grad():
                 for p in zero:
                     p.zero_()
+
+
+def active_dropout(model: nn.Module) -> bool:
+    """Whether two passes of the model in training mode would differ."""
+    for module in model.modules():
+        rates = [getattr(module, name, 0.0) for name in ("p", "dropout", "attention_dropout")]
+        if isinstance(module, Adapter):
+            rates += [rate for name, rate in vars(getattr(module, "method", module)).items() if "dropout" in name]
+        if any(isinstance(r, float) and r > 0 for r in rates):
+            return True
+    return False

@@ -5,6 +5,7 @@
     gated MLPs              what lies between their products is one operation each way, where all three have LoRA or DoRA
     stacked layers          q, k and v are one product each way, and so are gate and up
     no logits               the head and the loss are one operation, a slice of tokens at a time
+    a shorter last layer    what follows attention there works on tokens that bear loss alone, where layers are not compiled
     no mask                 padded rows go without one where a token never looks right, which is where padding is
     a budget of memory      what is kept for the backward pass and what is made again, by what the card has free
     checked                 before the first step, against the plain path; what does not agree is not used, and that is said
@@ -27,13 +28,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from weft.core import Adapter, WeftError, features, is_linear, modules
+from weft.core import WeftError, features, is_linear, modules
 from weft.kernels.launch import usable
 from weft.kernels.scratch import release
 from weft.quant import QuantLinear
 from weft.step import early, elide, gated, stacked, twin
 from weft.step.capture import able
-from weft.step.check import bounds, differences, measure, pieces, stirred
+from weft.step.check import active_dropout, bounds, differences, measure, pieces, stirred
 from weft.step.fp8 import BOUND, narrowable, watched
 from weft.step.graph import Chain
 from weft.step.levels import LEVELS, RECOMPUTE, Memory, fitting, kept
@@ -186,12 +187,12 @@ def prepare(
             fast.mlps = gated.gated_mlps(model)
         if compiled:
             fast.stacks = stacks(model, fast.mlps, narrow.values())
-        elif not batch.owners:
-            fast.tail = elide.tail(model, layers, head)
+        elif elide.masked(batch):  # else the self-check would not hold it against the plain step
+            fast.tail = elide.tail(model, layers, head, parameters)
     if not (fast.compiled or fast.head is not None or fast.unmasked or fast.narrow or fast.tail):
         fast.install(fast.level)
         return fast
-    random = _active_dropout(model)
+    random = active_dropout(model)
     training = model.training
     if random:  # two passes would draw different masks
         model.eval()
@@ -261,9 +262,12 @@ def _try(
             elif fast.compiled:
                 say(f"the layers are not compiled: the step with compiled ones {failed}")
                 fast.compiled = False
+            elif fast.tail:
+                say(f"the last layer computes all tokens: the step with those that bear loss alone {failed}")
+                fast.tail = []
             else:
                 say(f"the plain step is used: the fast step {failed}")
-                fast.compiled, fast.head, fast.unmasked, fast.narrow, fast.tail = False, None, False, {}, []
+                fast.compiled, fast.head, fast.unmasked, fast.narrow = False, None, False, {}
                 fast.install(fast.level)
                 break
     fast.compile_seconds = time.perf_counter() - started
@@ -299,7 +303,7 @@ def _pass(
         except torch.OutOfMemoryError:
             pass  # what it holds goes with the exception, before the next try
         except Exception as e:  # a compiler's failure has many types; the plain path is right, only slower
-            if not fast.compiled:
+            if not fast.compiled and not fast.tail:
                 raise
             _clear(parameters)
             return None, f"could not be compiled or run ({type(e).__name__}: {str(e).strip().splitlines()[0][:300]})"
@@ -355,17 +359,6 @@ def _clear(parameters: Mapping[str, nn.Parameter]) -> None:
         if p.grad is not None:
             p.grad.zero_()
     torch.cuda.empty_cache()
-
-
-def _active_dropout(model: nn.Module) -> bool:
-    """Whether two passes of the model in training mode would differ."""
-    for module in model.modules():
-        rates = [getattr(module, name, 0.0) for name in ("p", "dropout", "attention_dropout")]
-        if isinstance(module, Adapter):
-            rates += [rate for name, rate in vars(getattr(module, "method", module)).items() if "dropout" in name]
-        if any(isinstance(r, float) and r > 0 for r in rates):
-            return True
-    return False
 
 
 def _one_by_one(model: nn.Module, batch: Batch, random: bool) -> str:
