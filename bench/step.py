@@ -3,7 +3,8 @@
     python bench/step.py [--device cuda] [--threads 2]
 
 Two kinds of work: chat rows whose prompts bear no loss (weft packs them and runs the head for answers only; peft gets the usual padded
-batch of the same rows and transformers' own loss), and full rows in which every token bears loss (the same batch for both). The base is
+batch of the same rows and transformers' own loss), and full rows in which every token bears loss (the same batch for both). A third step is
+weft's with the last layer whole (`weft.step.elide`), which tells what leaving out its work at masked tokens gives. The base is
 in fp32 on a CPU and in bf16 on a card. Peak memory is the allocator's on CUDA and the process's on a CPU, where each side is measured
 in a process of its own.
 """
@@ -60,7 +61,7 @@ def data(kind: str, tokenizer: Any) -> tuple[Any, Any]:
     return ours, {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
-def weft_step(batch: Any, device: str) -> Any:
+def weft_step(batch: Any, device: str, whole: bool = False) -> Any:
     import weft
     from weft.models import attention
     from weft.step import prepare
@@ -75,6 +76,8 @@ def weft_step(batch: Any, device: str) -> Any:
     optimiser = AdamW(flat, (0.9, 0.999), 1e-8, 0.0)
     batch = batch.to(device)
     fast = prepare(model, batch, parameters, varying=False)
+    if whole:
+        fast.tail = []
 
     def step() -> float:
         loss = fast.loss(batch) / batch.n_targets
@@ -148,15 +151,17 @@ def main() -> None:
     tokenizer, rows = weft.load_tokenizer("embedded"), []
     for kind in ("masked rows", "full rows"):
         ours, theirs = data(kind, tokenizer)
-        steps = {"weft": weft_step(ours, args.device), "peft": peft_step(theirs, args.device)}
+        steps = {"weft": weft_step(ours, args.device), "peft": peft_step(theirs, args.device), "whole": weft_step(ours, args.device, True)}
         seconds = interleaved(steps, repeat=25, warm=3)
         command = [sys.executable, __file__, "--device", args.device, "--threads", str(args.threads), "--alone"]
         memory = {
-            side: json.loads(subprocess.run([*command, side, kind], capture_output=True, text=True, check=True).stdout) for side in steps
+            side: json.loads(subprocess.run([*command, side, kind], capture_output=True, text=True, check=True).stdout)
+            for side in ("weft", "peft")
         }
         rows.append({
             "work": kind, "tokens": int(ours.n_tokens), "padded_tokens": int(theirs["input_ids"].numel()), "targets": ours.n_targets,
             "weft_ms": seconds["weft"] * 1e3, "peft_ms": seconds["peft"] * 1e3, "faster": seconds["peft"] / seconds["weft"],
+            "whole_last_layer_ms": seconds["whole"] * 1e3, "elision": seconds["whole"] / seconds["weft"],
             "weft_peak_mib": memory["weft"]["peak_mib"], "peft_peak_mib": memory["peft"]["peak_mib"],
             "first_loss": [memory["weft"]["first_loss"], memory["peft"]["first_loss"]],
         })  # fmt: skip
