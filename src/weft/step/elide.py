@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from weft.core import modules
+from weft.models import attention
 from weft.step.check import bounds, stirred
 from weft.step.gated import touched
 from weft.step.loss import Batch, forwards
@@ -66,7 +67,7 @@ def _differs(model: nn.Module, found: list[nn.Module], head: nn.Linear | None, p
         return "what its modules make does not reach the logits"
     some = changed.index_select(1, keep)
     apart, largest = float((some - whole).abs().max()), float(whole.abs().max())
-    within = apart <= (1e-4 if bounds(model, False)[0] == "fp32" else 3e-2) * largest
+    within = apart <= attention.APART[bounds(model, False)[0]] * largest
     return "" if within else f"tokens that are read come out differently (by {apart:.2g}, largest {largest:.2g})"
 
 

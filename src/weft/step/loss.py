@@ -107,7 +107,7 @@ def unmaskable(model: nn.Module, batch: Batch, head: nn.Linear | None = None) ->
     free: with one, SDPA has no use of its fastest kernels and for grouped heads, and a (T, T) mask is made for every row.
 
     Found by trying, with the batch's first tokens in rows of 8, 5 and 2 and padding behind: real tokens must come out alike with the mask
-    and without (fp32: 1e-4 of the largest number; 16 bit: 3e-2), and other padding must not reach them. Three forward passes of 9 tokens
+    and without (within `attention.APART` of the largest number), and other padding must not reach them. Three forward passes of 9 tokens
     a row, none where there is no mask; uses no random numbers; modes are restored.  head: as `fusible` found it.
     """
     mask = batch.attention_mask
@@ -138,7 +138,7 @@ def _needs_mask(model: nn.Module, some: Tensor, head: nn.Linear | None) -> str:
     with _trying(model), nullcontext() if head is None else _passing(head):
         masked, bare, changed = real(0, attention_mask=there.long()), real(0), real(other)
     largest = float(masked.abs().max())
-    tolerance = (1e-4 if bounds(model, False)[0] == "fp32" else 3e-2) * largest
+    tolerance = attention.APART[bounds(model, False)[0]] * largest
     apart, leak = float((bare - masked).abs().max()), float((changed - bare).abs().max())
     if not apart <= tolerance:
         return f"without it real tokens come out differently (by {apart:.2g}, largest {largest:.2g})"
