@@ -54,7 +54,7 @@ def ended(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     monkeypatch.setattr(Ahead, "end", telling)
     work: list[Future[None]] = []
     monkeypatch.setattr(Ahead, "start", lambda self: work.append(WORKER.submit(self.run)))
-    monkeypatch.setattr(Ahead, "join", lambda self: work.pop().result())
+    monkeypatch.setattr(Ahead, "join", lambda self: [w.result() for w in work])
     counters.clear()
     return told
 
@@ -124,3 +124,33 @@ def test_without_it_layers_are_compiled_as_ever(ended: list[bool], monkeypatch: 
     fast = prepare(model, pad(rows([9, 4])), weft.adapters.trainable(model, "default"), compile=True, say=pytest.fail)
     assert ended == ([] if wrong == "copy" else [False]) and fast.compiled
     fast.close()
+
+
+def test_a_plain_pass_that_the_compiler_breaks_is_done_again_alone(ended, monkeypatch):
+    """torch's tracing puts its own in the place of nn.Module.__call__, for all threads: seen once in a dozen starts on a card."""
+    tried: list[int] = []
+    plain = steps._plain
+
+    def broken(fast: Fast, batch: Any, parameters: Any, say: Any, keep: bool = True) -> Any:
+        tried.append(1)
+        if len(tried) == 1:
+            next(iter(parameters.values())).grad = torch.ones_like(next(iter(parameters.values())))  # what a pass leaves that broke off
+            raise NameError("module is not installed as a submodule")
+        return plain(fast, batch, parameters, say, keep)
+
+    monkeypatch.setattr(steps, "_plain", broken)
+    model, batch = build(), pad(rows([9, 9]))
+    said: list[str] = []
+    fast = prepare(model, batch, weft.adapters.trainable(model, "default"), compile=True, varying=False, say=said.append)
+    assert len(tried) == 2 and ended == [True] and fast.compiled and not said
+    fast.close()
+
+
+def test_a_plain_pass_that_fails_alone_fails(monkeypatch):
+    def broken(*_: Any) -> Any:
+        raise NameError("no such thing")
+
+    monkeypatch.setattr(steps, "_plain", broken)
+    model, batch = build(), pad(rows([9, 9]))
+    with pytest.raises(NameError, match="no such thing"):
+        prepare(model, batch, weft.adapters.trainable(model, "default"), compile=False, varying=False)
