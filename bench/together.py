@@ -41,7 +41,7 @@ def recipes(data: Path, folder: Path, args: Any) -> list[Recipe]:
             data=DataConfig(train=str(data), max_length=LENGTH), eval=EvalConfig(start=False, rows=0, train_rows=0),
             train=TrainConfig(
                 lr=args.lr * (1 + i), steps=args.steps, tokens=args.tokens, device=args.device, progress="off", save_seconds=None,
-                log_every=5,
+                log_every=5, graphs=False if args.no_graphs else None,
             ),
         )
         for i in range(args.adapters)
@@ -77,6 +77,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, help="of the first; the second has twice as much, and so on (default: 1e-3, or 1e-4)")
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--tokens", type=int, help="of each adapter's batch (default: 256, or 2048)")
+    parser.add_argument("--no-graphs", action="store_true", help="layers one by one on a card, both ways")
     args = parser.parse_args()
     big, cuda = args.shape is not None, args.device.startswith("cuda")
     args.ranks = args.ranks or ([8, 16] if big else [4, 8, 12, 16])
