@@ -97,6 +97,17 @@ def test_packed_equals_rows_alone(name):
         close(gradients(model, loss), want_gradients)
 
 
+def test_a_model_that_numbers_tokens_by_their_mask():
+    model = build("OPT", dict(ffn_dim=48, word_embed_proj_dim=32, dropout=0.0))
+    assert attention.use(model), attention.reason(model)
+    for lengths in ([9, 9, 9], [9, 4, 7]):
+        batch_rows = rows(lengths)
+        for batch in (pad(batch_rows), pack(batch_rows)):
+            want = sum(alone(model, row) for row in batch_rows)
+            for unmasked in (False, True):
+                torch.testing.assert_close(loss_sum(model, batch, unmasked=unmasked), want, rtol=1e-5, atol=0)
+
+
 def test_the_order_of_rows_and_their_company_do_not_matter():
     model = build("Llama", {})
     assert attention.use(model)
@@ -129,6 +140,20 @@ def test_trying_a_model_out_leaves_no_trace():
     assert attention.use(model) and attention.use(model)
     assert torch.equal(torch.get_rng_state(), state) and [m.training for m in model.modules()] == modes
     assert not attention.use(nn.Linear(2, 2)) and attention.reason(nn.Linear(2, 2)) == ""
+
+
+def test_a_trial_that_is_cut_off_leaves_the_model_its_own_attention(monkeypatch):
+    model = build("Llama", {})
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(attention, "packed_kwargs", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        attention.use(model)
+    assert model.config._attn_implementation == "sdpa" and not attention.installed(model)
+    monkeypatch.undo()
+    assert attention.use(model)
 
 
 def test_dropout_works_on_packed_rows():

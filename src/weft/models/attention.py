@@ -42,7 +42,8 @@ logger = logging.getLogger("weft")
 
 def placeholder(device: torch.device) -> Tensor:
     """A mask for a model that `use` prepared, whose batch has no padding: transformers hands a mask of four dimensions down as it is, so it
-    neither searches the position ids for row boundaries (a host sync a step) nor makes a (T, T) mask. `attend` takes it for none."""
+    neither searches the position ids for row boundaries (a host sync a step) nor makes a (T, T) mask. `attend` takes it for none. Give
+    position ids with it: some models (OPT) number tokens by their mask."""
     return torch.ones((1, 1, 1, 1), dtype=torch.bool, device=device)
 
 
@@ -270,9 +271,12 @@ def use(model: nn.Module) -> bool:
     why = _refused(model)
     if not why:
         before = model.config._attn_implementation
-        why = _tried(model)
-        if why:
-            model.set_attn_implementation(before)
+        why = "its trial was cut off"
+        try:
+            why = _tried(model)
+        finally:
+            if why:
+                model.set_attn_implementation(before)
     if why:
         logger.info("%s keeps its own attention: %s", type(model).__name__, why)
         _reasons[model] = why
@@ -303,7 +307,7 @@ def _tried(model: PreTrainedModel) -> str:
     try:
         with torch.no_grad():
             return _compare(model)
-    except (TypeError, ValueError, RuntimeError, AttributeError, IndexError, KeyError) as error:
+    except (TypeError, ValueError, RuntimeError, AttributeError, IndexError, KeyError, AssertionError) as error:
         return f"it fails when tried ({type(error).__name__}: {error})"
     finally:
         for module, mode in modes:

@@ -201,6 +201,8 @@ def _logits(model: nn.Module, batch: Batch, unmasked: bool) -> tuple[Tensor, Ten
     elif "attention_mask" in takes and attention.installed(inner := _inner(model)) and getattr(inner, "plan", None) is None:
         # No padding, and no adapter of the whole model, which may add keys.
         kwargs["attention_mask"] = attention.placeholder(batch.input_ids.device)
+        if "position_ids" in takes:  # what the model would number from its mask
+            kwargs["position_ids"] = torch.arange(batch.input_ids.shape[1], device=batch.input_ids.device)[None]
     keep = batch.keep
     if keep is not None and "logits_to_keep" in takes:
         logits = _tensor(model(batch.input_ids, logits_to_keep=keep, **kwargs))
