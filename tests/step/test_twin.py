@@ -114,6 +114,25 @@ def test_settings_are_those_of_the_level(ended: list[bool], monkeypatch: pytest.
     assert seen == [0.3] and ended == [True] and config.activation_memory_budget == 1.0
 
 
+def test_no_graph_is_chosen_by_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first one nor any later one, and not what others compile."""
+    seen: list[bool] = []
+    from torch._functorch import config as aot
+    from torch._functorch import partitioners
+    from torch._inductor import config
+
+    work = partitioners.min_cut_rematerialization_partition
+    monkeypatch.setattr(
+        "torch._inductor.compile_fx.min_cut_rematerialization_partition", lambda *a, **k: seen.append(config.deterministic) or work(*a, **k)
+    )
+    model = build()
+    with aot.patch(enable_autograd_cache=False):
+        fast = prepare(model, pad(rows([9, 4])), weft.adapters.trainable(model, "default"), compile=True, varying=False, say=pytest.fail)
+        fast.loss(pad(rows([7, 7]))).backward()
+    assert seen == [True, True] and not config.deterministic
+    fast.close()
+
+
 @pytest.mark.parametrize("wrong", ["copy", "compiler"])
 def test_without_it_layers_are_compiled_as_ever(ended: list[bool], monkeypatch: pytest.MonkeyPatch, wrong: str) -> None:
     model = build()

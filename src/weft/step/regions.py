@@ -63,7 +63,9 @@ def unrun() -> Iterator[None]:
 
 def inductor(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
     """torch's compiler, as a backend of `torch.compile`."""
-    compiled = import_module("torch._inductor.compile_fx").compile_fx(graph, inputs)
+    # No choosing by the clock among kernels that sum in different orders: two processes then compute the same numbers to the last bit, a
+    # start is 1.5 s shorter, and a step no longer (decision 0010). Said for each graph: torch puts its own setting back behind every one.
+    compiled = import_module("torch._inductor.compile_fx").compile_fx(graph, inputs, config_patches={"deterministic": True})
 
     def run(*args: Any) -> Any:
         if getattr(_here, "unrun", False):
@@ -231,9 +233,6 @@ def settle(budget: float) -> None:
     # has traced both its passes by then, and they are part of the key.
     _set(aot, "autograd_cache_allow_custom_autograd_functions", True)
     _set(aot, "force_non_lazy_backward_lowering", True)  # a training step will want it, and what is compiled ahead is not run
-    # No choosing by the clock among kernels that sum in different orders: two processes then compute the same numbers to the last bit, a
-    # start is 1.5 s shorter, and a step no longer (decision 0010).
-    _set(import_module("torch._inductor.config"), "deterministic", True)
     _set(torch._dynamo.config, "recompile_limit", max(64, torch._dynamo.config.recompile_limit))  # kinds of layer, modes, ranks
     # Where shapes vary every float (a scale, an epsilon) would be an input, as a tensor on the CPU: C++ to build in a card's graph.
     _set(torch._dynamo.config, "specialize_float", True)
