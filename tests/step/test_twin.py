@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
+from weakref import ref
 
 import pytest
 import torch
@@ -148,13 +149,17 @@ def test_without_it_layers_are_compiled_as_ever(ended: list[bool], monkeypatch: 
 def test_a_plain_pass_that_the_compiler_breaks_is_done_again_alone(ended, monkeypatch):
     """torch's tracing puts its own in the place of nn.Module.__call__, for all threads: seen once in a dozen starts on a card."""
     tried: list[int] = []
+    held: list[ref[torch.Tensor]] = []
     plain = steps._plain
 
     def broken(fast: Fast, batch: Any, parameters: Any, say: Any, keep: bool = True) -> Any:
         tried.append(1)
         if len(tried) == 1:
             next(iter(parameters.values())).grad = torch.ones_like(next(iter(parameters.values())))  # what a pass leaves that broke off
+            large = torch.ones(3)  # as activations are, which the pass that is done again needs the room of
+            held.append(ref(large))
             raise NameError("module is not installed as a submodule")
+        assert held[0]() is None
         return plain(fast, batch, parameters, say, keep)
 
     monkeypatch.setattr(steps, "_plain", broken)

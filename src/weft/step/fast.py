@@ -229,15 +229,8 @@ def _try(
             fast.ahead = early.launch(fast.mlps, fast.head, batch.input_ids)
         ahead = _compile_ahead(fast, batch, parameters) if self_check else None
         try:
-            plain = _plain(fast, batch, parameters, say) if self_check else None
-        except Exception as error:
-            if ahead is None:
-                raise
-            # While it traces, torch has its own in the place of nn.Module.__call__, in all threads: once more, alone.
-            logger.debug("the plain pass broke off while a layer was compiled (%s: %s)", type(error).__name__, error, exc_info=True)
-            ahead.join()
-            _clear(parameters)
-            plain = _plain(fast, batch, parameters, say)
+            work = partial(_plain, fast, batch, parameters, say)
+            plain = twin.beside(ahead, work, partial(_clear, parameters)) if self_check else None
         finally:
             made = ahead is not None and ahead.end()
         if self_check and plain is None and not unchecked:

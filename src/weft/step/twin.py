@@ -12,7 +12,7 @@ import logging
 from collections.abc import Callable, Iterable, Mapping
 from contextvars import copy_context
 from threading import Thread
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from weft.step import gated, stacked
 from weft.step.regions import Region, Unrun, unrun
 
 logger = logging.getLogger("weft")
+T = TypeVar("T")
 
 
 class _Given(Exception):
@@ -82,6 +83,20 @@ class Ahead(Thread):
             stack.drop()
         del self.region, self.args, self.kwargs, self.mlps, self.stacks
         return self.done
+
+
+def beside(ahead: Ahead | None, work: Callable[[], T], clear: Callable[[], None]) -> T:
+    """What `work` gives while a layer is compiled; where it breaks off meanwhile, what it gives alone, after `clear`."""
+    try:
+        return work()
+    except Exception as error:
+        if ahead is None:
+            raise
+        # While it traces, torch has its own in the place of nn.Module.__call__, in all threads.
+        logger.debug("the plain pass broke off while a layer was compiled (%s: %s)", type(error).__name__, error, exc_info=True)
+    ahead.join()  # only now: the memory that the exception held is free
+    clear()
+    return work()
 
 
 def _given(layer: nn.Module, loss: Callable[[], Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
