@@ -108,6 +108,23 @@ def test_a_model_that_numbers_tokens_by_their_mask():
                 torch.testing.assert_close(loss_sum(model, batch, unmasked=unmasked), want, rtol=1e-5, atol=0)
 
 
+def test_a_module_around_a_model_is_given_no_placeholder():
+    class Around(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner, self.config, self.seen = inner, inner.config, []
+
+        def forward(self, input_ids, attention_mask=None):
+            self.seen.append(attention_mask)
+            return self.inner(input_ids, attention_mask=attention_mask, use_cache=False)
+
+    model, batch_rows = build("Llama", {}), rows([9, 9])
+    assert attention.use(model)
+    around, want = Around(model), sum(alone(model, row) for row in batch_rows)
+    torch.testing.assert_close(loss_sum(around, pad(batch_rows), unmasked=True), want, rtol=1e-5, atol=0)
+    assert around.seen == [None]
+
+
 def test_the_order_of_rows_and_their_company_do_not_matter():
     model = build("Llama", {})
     assert attention.use(model)

@@ -254,6 +254,12 @@ def installed(model: nn.Module) -> bool:
     return getattr(getattr(model, "config", None), "_attn_implementation", None) == NAME
 
 
+def maskless(model: nn.Module) -> bool:
+    """Whether rows without padding may be given `placeholder`: not where an adapter of the whole model may add keys, nor a user's module
+    around such a model, which may read the mask."""
+    return installed(model) and isinstance(model, PreTrainedModel) and getattr(model, "plan", None) is None
+
+
 def reason(model: nn.Module) -> str:
     """Why `use(model)` last said False; empty when it said True or was never asked."""
     return _reasons.get(model, "")

@@ -198,8 +198,7 @@ def _logits(model: nn.Module, batch: Batch, unmasked: bool) -> tuple[Tensor, Ten
         kwargs["position_ids"] = batch.position_ids
     elif batch.attention_mask is not None and not unmasked and "attention_mask" in takes:
         kwargs["attention_mask"] = batch.attention_mask
-    elif "attention_mask" in takes and attention.installed(inner := _inner(model)) and getattr(inner, "plan", None) is None:
-        # No padding, and no adapter of the whole model, which may add keys.
+    elif "attention_mask" in takes and attention.maskless(_inner(model)):
         kwargs["attention_mask"] = attention.placeholder(batch.input_ids.device)
         if "position_ids" in takes:  # what the model would number from its mask
             kwargs["position_ids"] = torch.arange(batch.input_ids.shape[1], device=batch.input_ids.device)[None]
