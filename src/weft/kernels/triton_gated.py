@@ -226,7 +226,7 @@ def gated_by_rows(
 @cache
 def _shared(device: torch.device) -> int:
     """Bytes of shared memory that a program may have."""
-    return SHARED if device.type == "cpu" else torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    return SHARED if device.type == "cpu" else getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 0)
 
 
 def gated_triton(

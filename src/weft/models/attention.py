@@ -4,7 +4,7 @@ Rows lie end to end in one (1, T) sequence and must not see each other. transfor
 and its mask (`AttentionInterface`, `AttentionMaskInterface`); weft registers one pair under the name "weft". It works on the
 FlashAttention keywords that transformers hands down to every layer (`cu_seq_lens_q`, `cu_seq_lens_k`, `max_length_q`,
 `max_length_k`), and no (T, T) mask is ever built. Without those keywords (generation with a cache, padded batches) both are
-transformers' own "sdpa" functions, unchanged.
+transformers' own "sdpa" functions; rows without padding may come with a placeholder for their mask.
 
 Two twins do the same work: `padded` on any device and dtype, `varlen` (FlashAttention) for 16-bit tensors on CUDA.
 """
