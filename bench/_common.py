@@ -43,7 +43,7 @@ def interleaved(works: dict[str, Callable[[], Any]], repeat: int = 15, warm: int
 
 
 def set_inductor() -> dict[str, bool]:
-    """Set the compiler's switches that INDUCTOR names, as in INDUCTOR=deterministic=1,triton.autotune_pointwise=0, for a trial of them."""
+    """Set the compiler's switches that INDUCTOR names, for a trial: INDUCTOR=coordinate_descent_tuning=1,triton.autotune_pointwise=0."""
     pairs = [word.split("=") for word in os.environ.get("INDUCTOR", "").split(",") if word]
     told = {name: value != "0" for name, value in pairs}
     if told:

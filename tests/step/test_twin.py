@@ -147,7 +147,7 @@ def test_without_it_layers_are_compiled_as_ever(ended: list[bool], monkeypatch: 
 
 
 def test_a_plain_pass_that_the_compiler_breaks_is_done_again_alone(ended, monkeypatch):
-    """torch's tracing puts its own in the place of nn.Module.__call__, for all threads: seen once in a dozen starts on a card."""
+    """torch's tracing puts its own in the place of nn.Module.__call__, for all threads: seen once on a card."""
     tried: list[int] = []
     held: list[ref[torch.Tensor]] = []
     plain = steps._plain

@@ -1,7 +1,7 @@
 """The contract: a frozen layer with a slot (Site), what goes into the slot (Adapter), who builds it (Method). Imports torch only."""
 
 from weft.core.adapter import Adapter, Mixture, masters
-from weft.core.errors import WeftError
+from weft.core.errors import FAILS, WeftError
 from weft.core.layers import features, is_conv, is_conv1d, is_linear, is_sharded, logical, numbers
 from weft.core.method import METHODS, Method
 from weft.core.names import by_pattern, matcher, several
@@ -25,6 +25,7 @@ from weft.core.site import (
 )
 
 __all__ = [
+    "FAILS",
     "METHODS",
     "SLOT",
     "Adapter",

@@ -1,4 +1,4 @@
-"""The one exception a user sees for a mistake of theirs."""
+"""The one exception a user sees for a mistake of theirs, and those that a model raises which is tried in a way that it does not know."""
 
 
 class WeftError(Exception):
@@ -6,3 +6,6 @@ class WeftError(Exception):
 
     The command line prints it without a traceback and exits with code 2. Anything else that escapes is our own fault.
     """
+
+
+FAILS = (TypeError, ValueError, RuntimeError, AttributeError, IndexError, KeyError, AssertionError)

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
+from weft.core import FAILS
 from weft.kernels.hadamard import power_of_two
 from weft.models.layout import keep_layout, layout_of
 
@@ -313,7 +314,7 @@ def _tried(model: PreTrainedModel) -> str:
     try:
         with torch.no_grad():
             return _compare(model)
-    except (TypeError, ValueError, RuntimeError, AttributeError, IndexError, KeyError, AssertionError) as error:
+    except FAILS as error:
         return f"it fails when tried ({type(error).__name__}: {error})"
     finally:
         for module, mode in modes:

@@ -123,3 +123,8 @@ def active_dropout(model: nn.Module) -> bool:
         if any(isinstance(r, float) and r > 0 for r in rates):
             return True
     return False
+
+
+def recomputes(model: nn.Module) -> bool:
+    """Whether the model computes its layers again in the backward pass by itself (gradient checkpointing)."""
+    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from weft.core import modules
+from weft.core import FAILS, modules
 from weft.models import attention
-from weft.step.check import bounds, stirred
+from weft.step.check import bounds, recomputes, stirred
 from weft.step.gated import touched
 from weft.step.loss import Batch, forwards
 
@@ -37,13 +37,13 @@ def tail(
     """
     if not layers or getattr(model, "plan", None) is not None:  # an adapter of the whole model may go by where tokens stand
         return []
-    if any(getattr(m, "gradient_checkpointing", False) for m in model.modules()):
+    if recomputes(model):
         return []  # what the model computes again it would compute of all tokens
     inside = dict(layers[-1].named_modules())
     found = [m for place in PLACES if (m := inside.get(place)) is not None and _free(m)]
     try:
         why = _differs(model, found, head, parameters) if found else "its last layer has no such modules"
-    except (TypeError, ValueError, RuntimeError, AttributeError, IndexError, KeyError, AssertionError) as error:
+    except FAILS as error:
         why = f"it fails when tried ({type(error).__name__}: {error})"
     if why:
         logger.info("the last layer of %s computes all tokens: %s", type(model).__name__, why)

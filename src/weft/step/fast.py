@@ -34,7 +34,7 @@ from weft.kernels.scratch import release
 from weft.quant import QuantLinear
 from weft.step import early, elide, gated, stacked, twin
 from weft.step.capture import able
-from weft.step.check import active_dropout, bounds, differences, measure, pieces, stirred
+from weft.step.check import active_dropout, bounds, differences, measure, pieces, recomputes, stirred
 from weft.step.fp8 import BOUND, narrowable, watched
 from weft.step.graph import Chain
 from weft.step.levels import LEVELS, RECOMPUTE, Memory, fitting, kept
@@ -376,7 +376,7 @@ def _one_by_one(model: nn.Module, batch: Batch, random: bool) -> str:
         return "an adapter of the whole model hands its layers more than they are called with"
     if _several():
         return "several processes train, which may exchange gradients in the middle of a backward pass"
-    if any(getattr(m, "gradient_checkpointing", False) for m in model.modules()):
+    if recomputes(model):
         return "the model recomputes its layers by itself (gradient checkpointing)"
     return ""
 

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from weft.core import WeftError
+from weft.core import FAILS, WeftError
 from weft.kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_sliced
 from weft.models import attention
 from weft.step.check import bounds
@@ -118,7 +118,7 @@ def unmaskable(model: nn.Module, batch: Batch, head: nn.Linear | None = None) ->
     else:
         try:
             why = _needs_mask(model, batch.input_ids, head)
-        except (TypeError, ValueError, RuntimeError, AttributeError, IndexError, KeyError, AssertionError) as error:
+        except FAILS as error:
             why = f"it fails when tried ({type(error).__name__}: {error})"
     if why:
         logger.info("%s keeps the attention mask of padded rows: %s", type(_inner(model)).__name__, why)

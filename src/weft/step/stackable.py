@@ -9,9 +9,10 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from weft.core import Site, base_class, is_sharded, modules, unmerged
+from weft.core import FAILS, Site, base_class, is_sharded, modules, unmerged
 from weft.kernels.stacked import EIGHT
 from weft.quant import QuantLinear
+from weft.step.check import recomputes
 from weft.step.gated import touched, usual
 from weft.step.loss import tried
 from weft.step.stacked import Stack
@@ -25,7 +26,7 @@ def stacks(model: nn.Module, mlps: Container[nn.Module], narrow: Collection[nn.M
 
     mlps: the gated ones whose inside is one operation; it has no place for biases. narrow: the layers that may multiply in fp8.
     """
-    if any(getattr(m, "gradient_checkpointing", False) for m in model.modules()):
+    if recomputes(model):
         return {}  # what the model computes again it computes in the backward pass, when `working` is over and layers are by themselves
     narrow = set(narrow)
     owners = Counter(id(p) for _, m in modules(model) for p in m._parameters.values())
@@ -49,7 +50,7 @@ def _same_input(model: nn.Module, stacks: dict[nn.Module, Stack]) -> set[nn.Modu
     handles = [layer.register_forward_pre_hook(note, with_kwargs=True) for layer in seen]
     try:
         tried(model)
-    except (TypeError, ValueError, RuntimeError, AttributeError, IndexError, KeyError, AssertionError) as error:
+    except FAILS as error:
         logger.info("no layers are stacked: %s fails when tried (%s: %s)", type(model).__name__, type(error).__name__, error)
         return set()
     finally:
