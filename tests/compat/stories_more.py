@@ -206,6 +206,7 @@ def biases(peft: Any, folder: Path) -> dict[str, Any]:
         found[bias] = ([n for n, p in made.named_parameters() if p.requires_grad], made(IDS).detach(), peft.get_peft_model_state_dict(made))
         found[bias + " twice"] = refused(lambda m=made: m.add_adapter("b", peft.LoraConfig(target_modules=["up"], bias="all")))
         found[bias + " off"] = said(made.base_model.disable_adapter_layers)
+    found["unknown"] = refused(lambda: peft.get_peft_model(Plain(), peft.LoraConfig(target_modules=["up"], bias="sometimes")))
     return found
 
 
