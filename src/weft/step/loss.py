@@ -138,11 +138,11 @@ def _needs_mask(model: nn.Module, some: Tensor, head: nn.Linear | None) -> str:
     with _trying(model), nullcontext() if head is None else _passing(head):
         masked, bare, changed = real(0, attention_mask=there.long()), real(0), real(other)
     largest = float(masked.abs().max())
-    tolerance = attention.APART[bounds(model, False)[0]] * largest
+    kind = bounds(model, False)[0]
     apart, leak = float((bare - masked).abs().max()), float((changed - bare).abs().max())
-    if not apart <= tolerance:
+    if not apart <= attention.APART[kind] * largest:
         return f"without it real tokens come out differently (by {apart:.2g}, largest {largest:.2g})"
-    if not leak <= tolerance / 30:
+    if not leak <= attention.LEAK[kind] * largest:
         return f"without it padding reaches real tokens (by {leak:.2g}, largest {largest:.2g})"
     return ""
 
