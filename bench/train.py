@@ -456,7 +456,9 @@ def join(files: list[Path]) -> None:
     order = {row: i for i, row in enumerate(ROWS)}
     rows = sorted((r for _, r in kept.values()), key=lambda r: order[r["row"]])
     path = Path(__file__).parent / "results" / "train.json"
-    path.write_text(json.dumps(found[-1] | {"gemm_tflops": [f["gemm_tflops"] for f in found], "rows": rows}, indent=2) + "\n")
+    note = next(({"note": f["note"]} for f in found if "note" in f), {})
+    gemms = [g for f in found for g in (f["gemm_tflops"] if isinstance(f["gemm_tflops"], list) else [f["gemm_tflops"]])]
+    path.write_text(json.dumps(found[-1] | note | {"gemm_tflops": gemms, "rows": rows}, indent=2) + "\n")
     print(path)
 
 
