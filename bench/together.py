@@ -4,8 +4,9 @@
     python bench/together.py --device cuda --shape 1B          a Llama's shape with random weights in bf16, full rows of random words
 
 Ranks and learning rates differ, the data is the same. Batches are small, as they are where one trains a small adapter: that is where
-sharing pays, since a small batch does not fill the machine. `seconds` is all of it, compiling and checking too; `tokens_per_s` is of the
-steps alone. In bf16 two ways of summing drift apart over the steps, by more the larger the learning rate: `losses_apart` says how far.
+sharing pays, since a small batch does not fill the machine. `seconds` is all of it, `prepare_seconds` of it compiling and checking;
+`tokens_per_s` is of the steps alone. In bf16 two ways of summing drift apart over the steps, by more the larger the learning rate:
+`losses_apart` says how far.
 """
 
 from __future__ import annotations
@@ -81,7 +82,8 @@ def main() -> None:
     args = parser.parse_args()
     big, cuda = args.shape is not None, args.device.startswith("cuda")
     args.ranks = args.ranks or ([8, 16] if big else [4, 8, 12, 16])
-    args.lr, args.tokens = args.lr or (1e-4 if big else 1e-3), args.tokens or (2048 if big else 256)
+    usual = 2048 if big else 256
+    args.lr, args.tokens = args.lr or (1e-4 if big else 1e-3), args.tokens or usual
     result: dict[str, Any] = vars(args).copy()
     with tempfile.TemporaryDirectory() as temporary:
         place = Path(temporary)
@@ -95,11 +97,20 @@ def main() -> None:
         if not cuda:  # there the first steps compile, and are told apart from the others
             weft.fit_together(model, recipes(data, place / "warm", args)[:2], tokenizer=tokenizer)
         results: dict[str, list[Result]] = {}
+        prepared: list[float] = []
+
+        def told(event: dict[str, Any]) -> None:
+            if event["event"] == "note":
+                print(event.get("name", "alone"), event["text"], flush=True)
+            elif event["event"] == "prepared":
+                prepared.append(event["seconds"])
+
         for way, folder in folders.items():
             if weft.adapters.names(model):
                 weft.remove(model)
             if cuda:
                 reset_peak_memory(torch.device("cuda"))
+            prepared.clear()
             start = time.perf_counter()
             if way == "together":
                 results[way] = weft.fit_together(model, recipes(data, folder, args), tokenizer=tokenizer, on_event=told)
@@ -109,7 +120,7 @@ def main() -> None:
                     results[way].append(weft.fit(model, recipe, tokenizer=tokenizer, on_event=told))
                     weft.remove(model)
             seconds, speed = time.perf_counter() - start, spent(results[way], way == "together")
-            result[way] = {"seconds": seconds, "tokens_per_s": speed}
+            result[way] = {"seconds": seconds, "prepare_seconds": sum(prepared), "tokens_per_s": speed}
             if cuda:
                 waited = [line.get("host_gap", 0.0) for r in results[way][: 1 if way == "together" else None] for line in r.history]
                 result[way] |= {"peak_bytes": peak_memory(torch.device("cuda")), "card_waited_s": sum(waited)}
@@ -124,12 +135,8 @@ def main() -> None:
     result["times_faster"] = {"all": other["seconds"] / one["seconds"], "steps": one["tokens_per_s"] / other["tokens_per_s"]}
     result |= {"weights_apart": max(weights), "losses_apart": max(losses)}
     print(result)
-    print(save("together" + (f"_{args.shape.replace(' ', '_')}" if big else "") + ("_gpu" if cuda else ""), result))
-
-
-def told(event: dict[str, Any]) -> None:
-    if event["event"] == "note":
-        print(event.get("name", "alone"), event["text"], flush=True)
+    name = ["together", *([args.shape.replace(" ", "_")] if big else []), *([str(args.tokens)] if args.tokens != usual else [])]
+    print(save("_".join(name + ["no_graphs"] * args.no_graphs + ["gpu"] * cuda), result))
 
 
 if __name__ == "__main__":

@@ -120,6 +120,15 @@ def test_what_falls_back_is_told(tmp_path, monkeypatch):
 
 
 @compiling
+@pytest.mark.parametrize("graphs", [True, False, None])
+def test_graphs_are_for_all_runs_as_the_recipes_say(tmp_path, monkeypatch, graphs):
+    """A CPU has none, and whoever asks for them is told so."""
+    backend(monkeypatch, "aot_eager")
+    said = warnings_of(tmp_path, train__steps=1, train__graphs=graphs)
+    assert ["takes a CUDA device" in s for s in said] == ([True] if graphs else [])
+
+
+@compiling
 def test_layers_that_do_not_compile_run_as_they_are(tmp_path, monkeypatch):
     def broken(graph: Any, inputs: Any) -> Any:
         raise NotImplementedError("no such thing as a compiler")
@@ -184,8 +193,9 @@ def test_one_that_diverges_does_not_stop_the_others(tmp_path, packing):
 
 
 def test_what_cannot_go_together_is_told_at_once(tmp_path):
-    same = [tiny_run.recipe(tmp_path), tiny_run.recipe(tmp_path, model="elsewhere")]
-    with pytest.raises(weft.WeftError, match=r"model must be one(.|\n)*name: 'default' is that of 2 runs(.|\n)*output: "):
+    same = [tiny_run.recipe(tmp_path), tiny_run.recipe(tmp_path, model="elsewhere", train__graphs=False)]
+    told = r"model must be one(.|\n)*train.graphs must be one(.|\n)*name: 'default' is that of 2 runs(.|\n)*output: "
+    with pytest.raises(weft.WeftError, match=told):
         weft.fit_together(tiny_run.model(), same, tokenizer=tiny_run.tokenizer())
 
 

@@ -71,7 +71,8 @@ def fit(
             "never": such a run is an error.
         overwrite: replace whatever run `output` holds.
         on_event: called with a dict whose "event" is "note" (a "text", and "warning": True where something went another way than asked),
-            "start", "at" (each step whose loss is known), "step" (each logged one), "eval", "save" or "end".
+            "start", "prepared" ("seconds" to compile and check the step), "at" (each step whose loss is known), "step" (each logged one),
+            "eval", "save" or "end".
 
     Raises:
         WeftError: the recipe, the data or the output folder cannot be used; a layer never takes part; the disk is full.

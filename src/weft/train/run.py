@@ -136,6 +136,7 @@ class Run:
         )  # fmt: skip
         for line in (self.fast.describe(), *self.fast.said):
             self.tell({"event": "note", "text": line})
+        self.tell({"event": "prepared", "seconds": self.fast.compile_seconds})
 
     def warn(self, text: str) -> None:
         """Something that the user should see, also where nothing else is shown: `Show` sees to that."""

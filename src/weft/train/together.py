@@ -83,11 +83,12 @@ def prepared(runs: Sequence[Run], tell: Callable[[Event], None]) -> Fast:
     parameters = {f"{run.recipe.name}: {path}": p for run in runs for path, p in run.parameters.items()}
     runs[0].model.train()
     fast = prepare(
-        runs[0].model, batch, parameters, memory=c.memory, compile=compiled, fp8=c.fp8, varying=not compiled,
-        self_check=c.self_check, say=lambda text: tell({"event": "note", "text": text, "warning": True}),
+        runs[0].model, batch, parameters, memory=c.memory, compile=compiled, fp8=c.fp8, graphs=c.graphs,
+        varying=not compiled, self_check=c.self_check, say=lambda text: tell({"event": "note", "text": text, "warning": True}),
     )  # fmt: skip
     for line in (fast.describe(), *fast.said):
         tell({"event": "note", "text": line})
+    tell({"event": "prepared", "seconds": fast.compile_seconds})
     return fast
 
 
@@ -198,7 +199,8 @@ def _alike(recipes: Sequence[Recipe]) -> None:
     for what, get in (
         ("model", lambda r: r.model), ("base", lambda r: r.base), ("train.device", lambda r: r.train.device),
         ("train.threads", lambda r: r.train.threads), ("train.memory", lambda r: r.train.memory), ("train.fp8", lambda r: r.train.fp8),
-        ("train.compile", lambda r: r.train.compile), ("train.self_check", lambda r: r.train.self_check),
+        ("train.compile", lambda r: r.train.compile), ("train.graphs", lambda r: r.train.graphs),
+        ("train.self_check", lambda r: r.train.self_check),
     ):  # fmt: skip
         if len(found := dict.fromkeys(get(r) for r in recipes)) > 1:
             wrong.append(f"{what} must be one for all runs, not {', '.join(map(str, found))}")
