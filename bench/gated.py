@@ -3,6 +3,7 @@
     python bench/gated.py            # bench/results/gated.json
     python bench/gated.py --tune     # blocks and splits for its kernels, each choice first held against the plain twin
     python bench/gated.py --forward  # the forward kernel that sums S itself, against the one that leaves it to a product
+    python bench/gated.py --backward # the backward kernels that give dS = dg B themselves, against the one that leaves them to products
 
 Times are medians of CUDA-event timings, what is launched around a kernel (the sums of partial results, S) included. Bytes are the tensors
 of the MLP's width that have to be moved, three forward and five back; the yardstick is a copy from device to device in the same run.
@@ -28,6 +29,7 @@ from _common import save
 from weft.kernels.gated import gated_backward_reference, gated_reference
 from weft.kernels.stacked import padded
 from weft.kernels.triton_gated import gated_backward_triton, gated_by_columns, gated_by_rows, gated_triton
+from weft.kernels.triton_gated_back import by_columns, by_rows
 
 TOKENS, WIDTHS, RANKS = 8192, {"8B": 14336, "1B": 8192, "0.6B": 3072}, (16, 64)
 DEVICE = "cuda"
@@ -136,17 +138,18 @@ def tune(budget: float) -> list[dict[str, Any]]:
     return rows
 
 
-def agrees(given: tuple[Any, ...], want: tuple[torch.Tensor, ...], how: dict[str, int]) -> bool:
+def agrees(work: Callable[..., Any], given: tuple[Any, ...], want: tuple[torch.Tensor, ...], how: dict[str, int]) -> bool:
     """Whether this choice can be launched, equals the plain twin and repeats itself bit for bit; says so where not."""
     try:
-        found, again = (gated_by_rows(*given, **how, splits=3) for _ in range(2))
-        error = max(map(distance, found, want))
+        found, again = ([t for t in work(*given, **how, splits=3) if t.numel()] for _ in range(2))
+        error = max(distance(a, b) for a, b in zip(found, want, strict=True))
     except Exception as e:  # whatever a compiler or a launch can raise, among it shared memory or registers that are not there
-        print(f"  not {how}: {type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}", flush=True)
+        print(f"  not {work.__name__} {how}: {type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}", flush=True)
         return False
     same = all(map(torch.equal, found, again))
     if error > 1e-2 or not same:
-        print(f"  WRONG {how}: {error:.1e} from the twin, {'the same' if same else 'something else'} when repeated", flush=True)
+        repeated = "the same" if same else "something else"
+        print(f"  WRONG {work.__name__} {how}: {error:.1e} from the twin, {repeated} when repeated", flush=True)
     return error <= 1e-2 and same
 
 
@@ -171,7 +174,7 @@ def forward(budget: float) -> list[dict[str, Any]]:
             given, start = stacked(small), time.perf_counter()
             gated_by_columns(*given)  # what Triton sets up once is there before threads come
             with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-                fits = list(pool.map(lambda how: left() and agrees(given, want, how), hows))
+                fits = list(pool.map(lambda how: left() and agrees(gated_by_rows, given, want, how), hows))
             able = [how for how, fit in zip(hows, fits, strict=True) if fit]
             print(f"rank {rank}, {'DoRA' if dora else 'LoRA'}: {len(able)} of {len(hows)}, {time.perf_counter() - start:.0f} s", flush=True)
             for shape, width in WIDTHS.items():
@@ -193,16 +196,95 @@ def forward(budget: float) -> list[dict[str, Any]]:
     return rows
 
 
+# The backward kernels: (kernel, rows, columns, warps, splits), the likeliest first. Each warp has 16 rows of its own: where several share
+# rows, Triton does the whole arithmetic again in each of them, in the layout in which the product dg B wants it.
+BACK: list[tuple[Callable[..., Any], int, int, int, tuple[int, ...]]] = [
+    (by_columns, 64, 64, 4, (2, 4, 8, 16)), (by_rows, 128, 64, 8, (1, 2, 4, 8)), (by_rows, 64, 64, 4, (1, 2, 4, 8)),
+    (by_columns, 128, 64, 8, (2, 4, 8, 16)), (by_rows, 128, 32, 8, (1, 2, 4, 8)), (by_columns, 128, 32, 8, (2, 4, 8)),
+    (by_rows, 256, 32, 16, (2, 4, 8)), (by_columns, 64, 32, 4, (2, 4, 8)), (by_rows, 64, 32, 4, (1, 2, 4)),
+]  # fmt: skip
+
+
+def to_come_back(given: tuple[Any, ...]) -> tuple[tuple[Any, ...], dict[str, torch.Tensor]]:
+    """What the backward pass takes, g, u, Sg and Su as columns of one tensor, and the columns of another where its results go."""
+    inside = stacked(given)
+    widths = [inside[i].shape[1] for i in (0, 1, 2, 4)]
+    dZ = torch.empty(len(inside[0]), inside[0].stride(0), device=DEVICE, dtype=inside[0].dtype)
+    return (*given[:2], *inside), dict(zip(("dg", "du", "dSg", "dSu"), dZ[:, : sum(widths)].split(widths, 1), strict=True))
+
+
+def backward(budget: float) -> list[dict[str, Any]]:
+    """All gradients at once over kernels, blocks, stages and splits, with DoRA those that were best with LoRA; it ends in time."""
+    began, copy, rows = time.perf_counter(), copy_rate(), []
+    print(f"a copy moves {copy:.2f} TB/s", flush=True)
+    Choice = tuple[Callable[..., Any], tuple[int, ...], dict[str, Any]]
+    for share, rank in zip((0.65, 1.0), RANKS, strict=True):
+        best: list[tuple[Callable[..., Any], dict[str, Any]]] = []
+
+        def left() -> bool:
+            return time.perf_counter() - began < share * budget
+
+        for dora in (False, True):
+            choices: list[Choice] = [
+                (work, splits, dict(rows=block, columns=columns, warps=warps, stages=stages, wide=wide))
+                for stages, wide in ((3, False), (2, False), (4, False), (3, True)) for work, block, columns, warps, splits in BACK
+            ]  # fmt: skip
+            choices = [c for c in choices if (c[0], c[2]) in best] if dora else choices
+            small = made(528, 1040, rank, dora)  # as in `tune`
+            exact = tuple(t.double() if torch.is_tensor(t) else t for t in small)
+            want = [t for t in gated_backward_reference(*exact) if t.numel()]
+            want += [want[0] @ exact[5], want[1] @ exact[7]]
+            given, start = to_come_back(small)[0], time.perf_counter()
+            gated_backward_triton(*given)  # what Triton sets up once is there before threads come
+            with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+                fits = list(pool.map(lambda c: left() and agrees(c[0], given, tuple(want), c[2]), choices))
+            able = [choice for choice, fit in zip(choices, fits, strict=True) if fit]
+            method = "DoRA" if dora else "LoRA"
+            print(f"rank {rank}, {method}: {len(able)} of {len(choices)}, {time.perf_counter() - start:.0f} s", flush=True)
+            for shape in ("8B", "1B"):
+                full, places = to_come_back(made(TOKENS, WIDTHS[shape], rank, dora))
+                (dg, du, dSg, dSu), Bg, Bu = places.values(), full[5], full[7]
+
+                def products() -> None:
+                    torch.mm(dg, Bg, out=dSg)
+                    torch.mm(du, Bu, out=dSu)
+
+                def today() -> None:
+                    gated_backward_triton(*full, dg=dg, du=du)
+                    products()
+
+                own, thin = milliseconds(today), milliseconds(products)
+                tried = [
+                    (milliseconds(lambda: work(*full, **places, **how, splits=n), 3, 4), {"kernel": work.__name__, **how, "splits": n})
+                    for work, splits, how in able for n in splits if left()
+                ]  # fmt: skip
+                tried.sort(key=lambda t: t[0])
+                for _, how in tried[:4]:
+                    work = next(c[0] for c in BACK if c[0].__name__ == how["kernel"])
+                    best.append((work, {k: v for k, v in how.items() if k not in ("kernel", "splits")}))
+                row: dict[str, Any] = {"shape": shape, "rank": rank, "method": method, "today_ms": own, "of_it_the_products_ms": thin}
+                rows.append(row | {"copy_TB/s": copy, "tried": len(tried), "best": tried[:8]})
+                print(f"{shape}, rank {rank}, {method}: today {own:.4f} ms, of it the products {thin:.4f}; {len(tried)} tried", flush=True)
+                for ms, how in tried[:6]:
+                    rate = 5 * full[0].nbytes / ms / 1e9 / copy
+                    print(f"  {ms:.4f} ms, {own - ms:+.4f} less, {rate:.2f} of a copy's rate: {how}", flush=True)
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--tune", action="store_true")
     parser.add_argument("--forward", action="store_true")
-    parser.add_argument("--seconds", type=float, default=100)
+    parser.add_argument("--backward", action="store_true")
+    parser.add_argument("--seconds", type=float, help="100, and 150 with --backward")
     args = parser.parse_args()
+    seconds = args.seconds or (150 if args.backward else 100)
     if args.tune:
-        print(save("gated_tune", {"rows": tune(args.seconds)}, ("torch", "triton")))
+        print(save("gated_tune", {"rows": tune(seconds)}, ("torch", "triton")))
     elif args.forward:
-        print(save("gated_forward", {"tokens": TOKENS, "rows": forward(args.seconds)}, ("torch", "triton")))
+        print(save("gated_forward", {"tokens": TOKENS, "rows": forward(seconds)}, ("torch", "triton")))
+    elif args.backward:
+        print(save("gated_backward", {"tokens": TOKENS, "rows": backward(seconds)}, ("torch", "triton")))
     else:
         print(save("gated", {"tokens": TOKENS, "rows": rates()}, ("torch", "triton")))
 

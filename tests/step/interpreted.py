@@ -12,6 +12,10 @@ from weft.kernels.gated import gated_backward_reference, gated_reference
 from weft.kernels.launch import kernels
 from weft.kernels.linear_cross_entropy import _slice, linear_cross_entropy, linear_cross_entropy_reference
 
+BACK: tuple[tuple[str, dict[str, Any]], ...] = (  # what a card's blocks are, and others that are cut off or more than there is to do
+    ("by_columns", {}), ("by_columns", dict(rows=16, columns=64, splits=3, wide=True)), ("by_rows", {}),
+    ("by_rows", dict(rows=32, columns=32, splits=5, stages=2, wide=True)), ("by_rows", dict(rows=64, columns=128, splits=1)),
+)  # fmt: skip
 BLOCKS: tuple[dict[str, int], ...] = (dict(rows=32, columns=64, splits=1), dict(rows=128, columns=64, splits=7, stages=2))
 
 
@@ -45,6 +49,31 @@ def in_wider_tensors(triton: Any, back: tuple[Any, ...]) -> int:
     return 1
 
 
+def back_and_s(back: tuple[Any, ...]) -> int:
+    """The backward kernels that give dS_g and dS_u too: against the twin, repeated, and into columns beside which nothing is written."""
+    tried, given, (dh, dS, g, u, Sg, Bg, Su, Bu, *rest) = 0, kernels("triton_gated_back"), back
+    twin = gated_backward_reference(*back)
+    wide = [t.to(torch.promote_types(t.dtype, torch.float32)) for t in (twin[0], Bg, twin[1], Bu)]
+    want = *twin, (wide[0] @ wide[1]).to(g.dtype), (wide[2] @ wide[3]).to(g.dtype)
+    (dh_, g_), (u_, Sg_), (Su_,), (dS_,) = columns_of_one(dh, g), columns_of_one(u, Sg), columns_of_one(Su), columns_of_one(dS)
+    for name, how in BACK:
+        work = partial(getattr(given, name), **how)
+        found, again = work(*back), work(*back)
+        for a, b, c in zip(found, want, again, strict=True):
+            assert torch.equal(a, c) and a.is_contiguous() and a.shape == b.shape
+            if a.numel():
+                near(a, b)
+                tried += 1
+        places = columns_of_one(*map(torch.zeros_like, (g, u, Sg, Su)))
+        (base,) = {t._base for t in places}
+        names = dict(zip(("dg", "du", "dSg", "dSu"), places, strict=True))
+        into = work(dh_, dS_, g_, u_, Sg_, Bg, Su_, Bu, *rest, **names)
+        assert all(a is b for a, b in zip((*into[:2], *into[-2:]), places, strict=True)) and int(base.isnan().sum()) == 12 * len(g)
+        for a, b in zip(into, found, strict=True):
+            assert torch.allclose(a, b, rtol=1e-5, atol=1e-4) if a.dtype == torch.float32 else torch.equal(a, b)
+    return tried
+
+
 def main() -> None:
     torch.manual_seed(0)
     triton, tried = kernels("triton_gated"), 0
@@ -68,7 +97,7 @@ def main() -> None:
             if a.numel():
                 near(a, b)
                 tried += 1
-        tried += in_wider_tensors(triton, back)
+        tried += in_wider_tensors(triton, back) + back_and_s(back)
     for n, vocabulary, dtype in ((5, 7, torch.float32), (9, 5000, torch.float32), (3, 8192, torch.float16)):
         logits, targets = (3 * torch.randn(n, vocabulary)).to(dtype), torch.randint(0, vocabulary, (n,))
         targets[1] = -100
