@@ -15,9 +15,10 @@ from weft.core import WeftError
 from weft.data import join, pack, pad
 from weft.data.batches import filled
 from weft.models import attention, layout
+from weft.step import capture as capture_module
 from weft.step import fast as fast_module
 from weft.step import graph, loss_sum, loss_sums, prepare
-from weft.step.capture import Graphs
+from weft.step.capture import Graphs, add_gradients
 from weft.step.graph import Chain
 from weft.step.regions import install, repeated, uninstall
 from weft.step.routing import routed
@@ -27,13 +28,12 @@ from weft.train.flat import Flat
 class Again(Graphs):
     """Runs the layers anew with every replay. As on a card, nothing but the static tensors and the parameters comes in."""
 
-    def __init__(self, layers, x: Tensor, given: list[Tensor]) -> None:
-        self.layers, self.x, self.given = layers, x, given
+    def __init__(self, layers, x: Tensor, given: list[Tensor], trained: list[Tensor]) -> None:
+        self.layers, self.x, self.given, self.trained = layers, x, given, trained
         out = layers()
         self.out, self.dx = torch.empty_like(out.detach()), torch.empty_like(x, requires_grad=False)
         self.grad = torch.zeros_like(self.out)
-        torch.autograd.backward(out, self.grad)
-        x.grad = None
+        add_gradients(out, self.grad, x, trained)
         self.calls = [0, 0]
 
     def forward(self) -> None:
@@ -48,11 +48,9 @@ class Again(Graphs):
         here = [p.grad for p, _ in self.sums]
         for p, g in self.sums:
             p.grad = g  # a graph knows addresses, not names
-        torch.autograd.backward(self.live, self.grad)
+        self.dx.copy_(add_gradients(self.live, self.grad, self.x, self.trained))
         for (p, _), g in zip(self.sums, here, strict=True):
             p.grad = g
-        self.dx.copy_(self.x.grad)
-        self.x.grad = None
         self.calls[1] += 1
 
 
@@ -62,10 +60,10 @@ class Fake:
     def __init__(self, device, insist) -> None:
         self.closed = False
 
-    def capture(self, layers, x, given):
+    def capture(self, layers, x, given, trained):
         if self.problem is not None:
             raise self.problem
-        return Again(layers, x, given)
+        return Again(layers, x, given, trained)
 
     def close(self, graphs) -> None:
         graphs.clear()
@@ -124,8 +122,10 @@ METHODS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_steps_are_those_of_layers_one_by_one(method):
+@pytest.mark.parametrize(("method", "large"), [*((method, capture_module.LARGE) for method in METHODS), ("LoRA", 0)])
+def test_steps_are_those_of_layers_one_by_one(monkeypatch, method, large):
+    """Gradients are added all at once or, where they are large, one by one."""
+    monkeypatch.setattr(capture_module, "LARGE", large)
     groups = [[pad(rows([9, 4, 7], seed=i))] for i in range(5)]
     groups = [[replace(b, attention_mask=None)] for g in groups for b in g]
     want = train(adapted(method=METHODS[method]), groups, None)
@@ -276,6 +276,23 @@ def test_gradients_that_are_set_to_none(when):
     same([parameters[0].grad - 1, parameters[1].grad], [want[0], 2 * want[1]])
 
 
+def test_whoever_waits_for_gradients_is_called_once_they_are_there():
+    model = adapted()
+    parameters = list(weft.adapters.trainable(model, "default").values())
+    chain = started(model, BATCH)
+    (made,) = chain.graphs.values()
+    calls, seen = made.calls[1], []
+    for i, p in enumerate(parameters):
+        p.register_post_accumulate_grad_hook(lambda p, i=i: (seen.append((i, p.grad.clone())), p.grad.zero_()))
+        p.grad.zero_()
+    want = torch.autograd.grad(plainly(model), parameters)
+    for _ in range(2):
+        loss(model, BATCH)
+    assert made.calls[1] == calls + 2 and len(seen) == 2 * len(parameters)
+    for i, grad in seen:
+        same([grad], [want[i]])
+
+
 def plainly(model):
     regions = [layer._compiled_call_impl for layer in repeated(model)]
     uninstall(repeated(model))
@@ -380,7 +397,11 @@ def hooked(model):
     model.model.layers[2].mlp.register_forward_hook(lambda *_: None)
 
 
-@pytest.mark.parametrize(("spoil", "why"), [(skipping, "straight"), (hooked, "hooks")])
+def changed(model):
+    model.model.layers[2].mlp.up_proj.plan.A.register_hook(lambda g: None)
+
+
+@pytest.mark.parametrize(("spoil", "why"), [(skipping, "straight"), (hooked, "hooks"), (changed, "hooks")])
 def test_models_that_are_no_chain(spoil, why, caplog):
     model = adapted()
     want = float(plainly(model).detach())

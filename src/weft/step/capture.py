@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -14,6 +14,7 @@ from weft.kernels.scratch import release
 
 AGAIN = 1.0  # a pool stays reserved between steps and nobody else can use it: an evaluation's logits, say, want room that a step would
 # have given back. Graphs are used where as much as this share of the pool is still free beside it.
+LARGE = 1 << 20  # numbers of a gradient that takes the card as long to add as a launch takes it
 
 _invalid: list[Any] = []  # graphs whose capture broke off: the allocator may still ask them, so they are never freed
 _inside: WeakKeyDictionary[Any, tuple[int, int, int]] = WeakKeyDictionary()  # graphs -> card, bytes that wait for the backward pass, most
@@ -46,8 +47,25 @@ class Graphs:
         raise NotImplementedError("graphs come from Card.capture")
 
 
+def add_gradients(out: Tensor, grad: Tensor, x: Tensor, trained: Sequence[Tensor]) -> Tensor | None:
+    """Add to the gradients of `trained`, which are there, what the gradient of out makes of them; the gradient of x.
+
+    Small ones all at once: eight adapters of 112 layers had 1792 launches of 2.4 microseconds to add theirs one by one. Large ones, as
+    those of whole weights are, one by one as they come, so that they are not there all at once.
+    """
+    if sum(t.numel() for t in trained) > LARGE * len(trained):
+        torch.autograd.backward(out, grad)
+        dx, x.grad = x.grad, None
+        return dx
+    dx, *made = torch.autograd.grad(out, [x, *trained], grad, allow_unused=True)
+    pairs = [(t.grad, g) for t, g in zip(trained, made, strict=True) if g is not None]
+    if pairs:
+        torch._foreach_add_(*map(list, zip(*pairs, strict=True)))
+    return dx
+
+
 class Captured(Graphs):
-    def __init__(self, card: Card, layers: Callable[[], Tensor], x: Tensor, given: list[Tensor]) -> None:
+    def __init__(self, card: Card, layers: Callable[[], Tensor], x: Tensor, given: list[Tensor], trained: Sequence[Tensor]) -> None:
         self.x, self.given = x, given
         self.there, self.back = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         with card.capturing(self.there):
@@ -55,9 +73,8 @@ class Captured(Graphs):
         self.waiting = torch.cuda.memory_allocated(card.device)
         self.grad = torch.empty_like(out, requires_grad=False)
         with card.capturing(self.back):
-            torch.autograd.backward(out, self.grad)  # in this thread and the engine's, on the stream that is captured
-        self.out, self.dx = out.detach(), x.grad
-        x.grad = None
+            self.dx = add_gradients(out, self.grad, x, trained)  # in this thread and the engine's, on the stream that is captured
+        self.out = out.detach()
 
     def forward(self) -> None:
         self.there.replay()
@@ -75,19 +92,23 @@ class Card:
         self.stream, self.pool = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
         self.bytes = 0
 
-    def capture(self, layers: Callable[[], Tensor], x: Tensor, given: list[Tensor]) -> Graphs:
-        """The graphs of `layers()`, which reads x and given, and of its backward pass. Nothing is computed meanwhile.
+    def capture(self, layers: Callable[[], Tensor], x: Tensor, given: list[Tensor], trained: Sequence[Tensor]) -> Graphs:
+        """The graphs of `layers()`, which reads x and given, and of its backward pass, which adds to the gradients of `trained`.
+
+        Nothing is computed meanwhile.
 
         Raises Unfit where they would leave too little of the card, and whatever the layers raise in a capture; all is then as before.
         """
         with torch.cuda.device(self.device), self._workspaces():
             release()
+            for dtype in {t.dtype for t in trained}:  # the kernel that adds is loaded before the capture
+                torch._foreach_add_(*[[torch.zeros(1, dtype=dtype, device=self.device)] for _ in range(2)])
             torch.cuda.synchronize()
             torch.cuda.empty_cache()
             held = torch.cuda.memory_reserved()
             remember(self.device)
             torch.cuda.reset_peak_memory_stats()
-            made = Captured(self, layers, x, given)
+            made = Captured(self, layers, x, given, trained)
             now = torch.cuda.memory_allocated()  # the output and the gradients, which stay
             _inside[made] = self.index, max(made.waiting - now, 0), max(torch.cuda.max_memory_allocated() - now, 0)
             torch.cuda.reset_peak_memory_stats()

@@ -188,7 +188,7 @@ class Chain:
             given = static(x).requires_grad_()
             still = {id(t): static(t) for t in tensors(calls)}
             layers = partial(self._layers, given, each(calls, lambda t: still[id(t)]))
-            made = self.card.capture(layers, given, list(still.values()))
+            made = self.card.capture(layers, given, list(still.values()), trained)
             made.sums = [(t, t.grad) for t, was in zip(trained, before, strict=True) if t.grad is not None and _version(t) != was]
             self.graphs[key] = made
         except Unfit as e:
@@ -230,7 +230,7 @@ def _version(t: Tensor) -> int:
 
 
 def _hooked(module: nn.Module) -> bool:
-    return any(getattr(module, name) for name in HOOKS)
+    return any(getattr(module, name) for name in HOOKS) or any(p is not None and p._backward_hooks for p in module._parameters.values())
 
 
 class _Replayed(torch.autograd.Function):
@@ -259,5 +259,8 @@ class _Replayed(torch.autograd.Function):
         graphs.backward()
         for p, g in moved:
             p.grad = g if p.grad is None else p.grad + g
+        for p, _ in graphs.sums:  # the engine, which calls them otherwise, does not see the parameters here
+            for hook in (p._post_accumulate_grad_hooks or {}).values():
+                hook(p)
         # A copy: whoever keeps the gradient keeps it beyond the next replay.
         return graphs.dx.clone() if ctx.wanted and graphs.dx is not None else None, None, None, None, None
