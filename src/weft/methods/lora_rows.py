@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from weft.core import Mixture, Site
+from weft.kernels.spans import add_spans
 
 
 def mixed(mixture: Mixture, layer: Site, x: Tensor) -> Tensor:
@@ -35,8 +36,8 @@ def side_by_side(mixture: Mixture, layer: Site, x: Tensor) -> Tensor:
     rank = -(-max(a.A.shape[0] for a in many) // 8) * 8  # rows of 16 bytes, which tensor cores want
     A = torch.stack([F.pad(a.A.to(y.dtype), (0, 0, 0, rank - a.A.shape[0])) for a in many])
     B = torch.stack([F.pad(a.B.to(y.dtype) * a.scale, (0, rank - a.B.shape[1])) for a in many])
-    S = torch.bmm(x.reshape(len(many), -1, x.shape[-1]).to(y.dtype), A.mT)
-    return torch.baddbmm(y.view(len(many), -1, y.shape[-1]), S, B.mT).view(y.shape)
+    x = x.reshape(len(many), -1, x.shape[-1]).to(y.dtype)
+    return add_spans(y.view(len(many), -1, y.shape[-1]), x, A, B).view(y.shape)
 
 
 def stacked(mixture: Mixture, rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
