@@ -515,3 +515,24 @@ def test_none_where_several_processes_train(monkeypatch):
     fast = prepare(model, BATCH, weft.adapters.trainable(model, "default"), compile=True, graphs=True, say=said.append)
     assert not fast.captured and "several processes" in said[0]
     fast.close()
+
+
+@pytest.mark.parametrize("large", [capture_module.LARGE, 0])
+def test_gradients_of_any_order_are_added(monkeypatch, large):
+    """Transposed ones, a scalar's, and none; what is no gradient of theirs stays."""
+    monkeypatch.setattr(capture_module, "LARGE", large)
+    torch.manual_seed(0)
+    x, A, B, s, unused = (torch.randn(shape, requires_grad=True) for shape in ((5, 4), (3, 4), (6, 3), (), (2,)))
+    trained = [A, B, s, unused]
+    for t in trained:
+        t.grad = torch.randn_like(t)
+    before = [t.grad.clone() for t in trained]
+
+    def layers():
+        return (x @ A.T @ B.T) * s + (A.T @ B.T).sum()
+
+    grad = torch.randn(5, 6)
+    want = torch.autograd.grad(layers(), [x, *trained], grad, allow_unused=True)
+    dx = add_gradients(layers(), grad, x, trained)
+    same([dx, *(t.grad for t in trained)], [want[0], *(b if g is None else b + g for b, g in zip(before, want[1:], strict=True))])
+    assert x.grad is None

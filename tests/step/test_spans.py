@@ -80,29 +80,45 @@ def test_it_is_written_into_what_the_frozen_product_made():
     assert len(made) == 1 and ".mm(" in made[0], code
 
 
-@quiet
-def test_nothing_of_a_span_reaches_another():
-    """Not even NaN, which 0 times NaN is: decision 0010."""
-    class Model(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.proj = nn.Linear(6, 5)
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.proj = nn.Linear(6, 5)
 
-        def forward(self, x):
-            return self.proj(x)
+    def forward(self, x):
+        return self.proj(x)
 
-    model = Model()
-    names = ["a", "b", "c"]
+
+def of_three(dtype: torch.dtype) -> tuple[Model, list[str], dict[str, list[Tensor]]]:
+    """A model with adapters of unlike ranks, and what of each is trained."""
+    model, names = Model().to(dtype), ["a", "b", "c"]
     for i, name in enumerate(names):
         weft.adapt(model, weft.LoRA(rank=1 + 3 * i, targets=["proj"]), name=name)
     parameters = {name: list(weft.adapters.trainable(model, name).values()) for name in names}
+    for p in (p for some in parameters.values() for p in some):
+        p.data.normal_()
+        p.requires_grad_()
+    return model, names, parameters
+
+
+@quiet
+def test_gradients_lie_as_their_parameters():
+    """Of padded, cast and stacked factors, by inductor: only such are added all at once (`weft.step.capture`)."""
+    model, names, parameters = of_three(torch.bfloat16)
+    x = torch.randn(12, 6, dtype=torch.bfloat16, requires_grad=True)
+    with rows(model, names, [4, 4, 4]):
+        y = torch.compile(model)(x)
+        every = [p for some in parameters.values() for p in some]
+        assert [g.stride() for g in torch.autograd.grad(y.sum(), every)] == [p.stride() for p in every]
+
+
+@quiet
+def test_nothing_of_a_span_reaches_another():
+    """Not even NaN, which 0 times NaN is: decision 0010."""
+    model, names, parameters = of_three(torch.float32)
     with torch.no_grad():
-        for p in (p for some in parameters.values() for p in some):
-            p.normal_()
         for p in parameters["b"]:
             p.fill_(torch.nan)
-    for p in (p for some in parameters.values() for p in some):
-        p.requires_grad_()
     x, dy = torch.randn(12, 6, requires_grad=True), torch.randn(12, 5)
     with rows(model, names, [4, 4, 4]):
         y = torch.compile(model, backend="aot_eager")(x)

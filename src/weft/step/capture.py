@@ -58,9 +58,13 @@ def add_gradients(out: Tensor, grad: Tensor, x: Tensor, trained: Sequence[Tensor
         dx, x.grad = x.grad, None
         return dx
     dx, *made = torch.autograd.grad(out, [x, *trained], grad, allow_unused=True)
-    pairs = [(t.grad, g) for t, g in zip(trained, made, strict=True) if g is not None]
-    if pairs:
-        torch._foreach_add_(*map(list, zip(*pairs, strict=True)))
+    pairs = [(t.grad, g) for t, g in zip(trained, made, strict=True) if t.grad is not None and g is not None]
+    alike = [pair for pair in pairs if pair[0].stride() == pair[1].stride()]  # with another among them all would be added one by one
+    if alike:
+        torch._foreach_add_(*map(list, zip(*alike, strict=True)))
+    for there, g in pairs:
+        if there.stride() != g.stride():
+            there.add_(g)
     return dx
 
 
