@@ -29,7 +29,7 @@ from _common import save
 from weft.kernels.gated import gated_backward_reference, gated_reference
 from weft.kernels.stacked import padded
 from weft.kernels.triton_gated import gated_backward_triton, gated_by_columns, gated_by_rows, gated_triton
-from weft.kernels.triton_gated_back import by_columns, by_rows
+from weft.kernels.triton_gated_back import gated_backward_and_s
 
 TOKENS, WIDTHS, RANKS = 8192, {"8B": 14336, "1B": 8192, "0.6B": 3072}, (16, 64)
 DEVICE = "cuda"
@@ -196,13 +196,16 @@ def forward(budget: float) -> list[dict[str, Any]]:
     return rows
 
 
-# The backward kernels: (kernel, rows, columns, warps, splits), the likeliest first. Each warp has 16 rows of its own: where several share
-# rows, Triton does the whole arithmetic again in each of them, in the layout in which the product dg B wants it.
-BACK: list[tuple[Callable[..., Any], int, int, int, tuple[int, ...]]] = [
-    (by_columns, 64, 64, 4, (2, 4, 8, 16)), (by_rows, 128, 64, 8, (1, 2, 4, 8)), (by_rows, 64, 64, 4, (1, 2, 4, 8)),
-    (by_columns, 128, 64, 8, (2, 4, 8, 16)), (by_rows, 128, 32, 8, (1, 2, 4, 8)), (by_columns, 128, 32, 8, (2, 4, 8)),
-    (by_rows, 256, 32, 16, (2, 4, 8)), (by_columns, 64, 32, 4, (2, 4, 8)), (by_rows, 64, 32, 4, (1, 2, 4)),
+# The backward kernels: (by, rows, columns, stages, pair, wide), the likeliest first.
+BACK: list[tuple[str, int, int, int, bool, bool]] = [
+    ("rows", 64, 64, 2, True, False), ("columns", 64, 64, 2, True, False), ("rows", 64, 64, 3, False, False),
+    ("columns", 64, 64, 3, False, False), ("rows", 128, 64, 3, False, False), ("rows", 128, 64, 2, True, False),
+    *((by, rows, columns, stages, pair, False) for rows, columns in ((64, 64), (64, 32), (128, 32), (128, 64)) for stages in (2, 3)
+      for by, pair in itertools.product(("rows", "columns"), (True, False))),
+    *((by, 64, 64, 2, pair, True) for by in ("rows", "columns") for pair in (True, False)),
+    *(("rows", rows, columns, 4, False, False) for rows, columns in ((64, 64), (64, 32), (128, 32))),
 ]  # fmt: skip
+SPLITS = {"rows": (1, 2, 3, 4, 8), "columns": (1, 2, 4, 8, 16)}
 
 
 def to_come_back(given: tuple[Any, ...]) -> tuple[tuple[Any, ...], dict[str, torch.Tensor]]:
@@ -217,19 +220,16 @@ def backward(budget: float) -> list[dict[str, Any]]:
     """All gradients at once over kernels, blocks, stages and splits, with DoRA those that were best with LoRA; it ends in time."""
     began, copy, rows = time.perf_counter(), copy_rate(), []
     print(f"a copy moves {copy:.2f} TB/s", flush=True)
-    Choice = tuple[Callable[..., Any], tuple[int, ...], dict[str, Any]]
     for share, rank in zip((0.65, 1.0), RANKS, strict=True):
-        best: list[tuple[Callable[..., Any], dict[str, Any]]] = []
+        best: list[dict[str, Any]] = []
 
         def left() -> bool:
             return time.perf_counter() - began < share * budget
 
         for dora in (False, True):
-            choices: list[Choice] = [
-                (work, splits, dict(rows=block, columns=columns, warps=warps, stages=stages, wide=wide))
-                for stages, wide in ((3, False), (2, False), (4, False), (3, True)) for work, block, columns, warps, splits in BACK
-            ]  # fmt: skip
-            choices = [c for c in choices if (c[0], c[2]) in best] if dora else choices
+            names = "by", "rows", "columns", "stages", "pair", "wide"
+            hows = [dict(zip(names, values, strict=True)) for values in dict.fromkeys(BACK)]
+            hows = [how for how in hows if how in best] if dora else hows
             small = made(528, 1040, rank, dora)  # as in `tune`
             exact = tuple(t.double() if torch.is_tensor(t) else t for t in small)
             want = [t for t in gated_backward_reference(*exact) if t.numel()]
@@ -237,10 +237,10 @@ def backward(budget: float) -> list[dict[str, Any]]:
             given, start = to_come_back(small)[0], time.perf_counter()
             gated_backward_triton(*given)  # what Triton sets up once is there before threads come
             with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-                fits = list(pool.map(lambda c: left() and agrees(c[0], given, tuple(want), c[2]), choices))
-            able = [choice for choice, fit in zip(choices, fits, strict=True) if fit]
+                fits = list(pool.map(lambda how: left() and agrees(gated_backward_and_s, given, tuple(want), how), hows))
+            able = [how for how, fit in zip(hows, fits, strict=True) if fit]
             method = "DoRA" if dora else "LoRA"
-            print(f"rank {rank}, {method}: {len(able)} of {len(choices)}, {time.perf_counter() - start:.0f} s", flush=True)
+            print(f"rank {rank}, {method}: {len(able)} of {len(hows)}, {time.perf_counter() - start:.0f} s", flush=True)
             for shape in ("8B", "1B"):
                 full, places = to_come_back(made(TOKENS, WIDTHS[shape], rank, dora))
                 (dg, du, dSg, dSu), Bg, Bu = places.values(), full[5], full[7]
@@ -253,19 +253,19 @@ def backward(budget: float) -> list[dict[str, Any]]:
                     gated_backward_triton(*full, dg=dg, du=du)
                     products()
 
+                def once(how: dict[str, Any]) -> Callable[[], Any]:
+                    return lambda: gated_backward_and_s(*full, **places, **how)
+
+                split = [how | {"splits": splits} for how in able for splits in SPLITS[how["by"]]]
+                tried = sorted(((milliseconds(once(how), 3, 4), how) for how in split if left()), key=lambda t: t[0])
                 own, thin = milliseconds(today), milliseconds(products)
-                tried = [
-                    (milliseconds(lambda: work(*full, **places, **how, splits=n), 3, 4), {"kernel": work.__name__, **how, "splits": n})
-                    for work, splits, how in able for n in splits if left()
-                ]  # fmt: skip
-                tried.sort(key=lambda t: t[0])
-                for _, how in tried[:4]:
-                    work = next(c[0] for c in BACK if c[0].__name__ == how["kernel"])
-                    best.append((work, {k: v for k, v in how.items() if k not in ("kernel", "splits")}))
+                again = [(milliseconds(once(how)), how) for _, how in tried[:8]]  # the luckiest of many need not be the best
+                again.sort(key=lambda t: t[0])
+                best += [{name: how[name] for name in names} for _, how in again[:4]]
                 row: dict[str, Any] = {"shape": shape, "rank": rank, "method": method, "today_ms": own, "of_it_the_products_ms": thin}
-                rows.append(row | {"copy_TB/s": copy, "tried": len(tried), "best": tried[:8]})
+                rows.append(row | {"copy_TB/s": copy, "tried": len(tried), "best": again})
                 print(f"{shape}, rank {rank}, {method}: today {own:.4f} ms, of it the products {thin:.4f}; {len(tried)} tried", flush=True)
-                for ms, how in tried[:6]:
+                for ms, how in again[:6]:
                     rate = 5 * full[0].nbytes / ms / 1e9 / copy
                     print(f"  {ms:.4f} ms, {own - ms:+.4f} less, {rate:.2f} of a copy's rate: {how}", flush=True)
     return rows

@@ -12,9 +12,9 @@ from weft.kernels.gated import gated_backward_reference, gated_reference
 from weft.kernels.launch import kernels
 from weft.kernels.linear_cross_entropy import _slice, linear_cross_entropy, linear_cross_entropy_reference
 
-BACK: tuple[tuple[str, dict[str, Any]], ...] = (  # what a card's blocks are, and others that are cut off or more than there is to do
-    ("by_columns", {}), ("by_columns", dict(rows=16, columns=64, splits=3, wide=True)), ("by_rows", {}),
-    ("by_rows", dict(rows=32, columns=32, splits=5, stages=2, wide=True)), ("by_rows", dict(rows=64, columns=128, splits=1)),
+BACK: tuple[dict[str, Any], ...] = (  # blocks that are cut off, and more splits than there are blocks
+    {}, dict(by="rows", pair=True), dict(by="columns", rows=32, columns=128, splits=3, pair=True, wide=True),
+    dict(by="rows", rows=128, columns=32, splits=5, wide=True),
 )  # fmt: skip
 BLOCKS: tuple[dict[str, int], ...] = (dict(rows=32, columns=64, splits=1), dict(rows=128, columns=64, splits=7, stages=2))
 
@@ -51,13 +51,13 @@ def in_wider_tensors(triton: Any, back: tuple[Any, ...]) -> int:
 
 def back_and_s(back: tuple[Any, ...]) -> int:
     """The backward kernels that give dS_g and dS_u too: against the twin, repeated, and into columns beside which nothing is written."""
-    tried, given, (dh, dS, g, u, Sg, Bg, Su, Bu, *rest) = 0, kernels("triton_gated_back"), back
+    tried, (dh, dS, g, u, Sg, Bg, Su, Bu, *rest) = 0, back
     twin = gated_backward_reference(*back)
     wide = [t.to(torch.promote_types(t.dtype, torch.float32)) for t in (twin[0], Bg, twin[1], Bu)]
     want = *twin, (wide[0] @ wide[1]).to(g.dtype), (wide[2] @ wide[3]).to(g.dtype)
     (dh_, g_), (u_, Sg_), (Su_,), (dS_,) = columns_of_one(dh, g), columns_of_one(u, Sg), columns_of_one(Su), columns_of_one(dS)
-    for name, how in BACK:
-        work = partial(getattr(given, name), **how)
+    for how in BACK:
+        work = partial(kernels("triton_gated_back").gated_backward_and_s, **how)
         found, again = work(*back), work(*back)
         for a, b, c in zip(found, want, again, strict=True):
             assert torch.equal(a, c) and a.is_contiguous() and a.shape == b.shape

@@ -123,17 +123,15 @@ def _gated_and_s(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _gated_backward(  # type: ignore[no-untyped-def]
-    dh, dS, g, u, Sg, Bg, Su, Bu, A, cg, cu, dg, du, dBg, dBu, dA, dcg, dcu, parts, n, width, rg, ru, rd, each,
+    dh, dS, g, u, Sg, Bg, Su, Bu, A, cg, cu, dg, du, dBg, dBu, dA, dcg, dcu, n, width, rg, ru, rd, each,
     dh_row, ds_row, g_row, u_row, sg_row, su_row, dg_row, du_row, RG: tl.constexpr, RU: tl.constexpr, RD: tl.constexpr, CG: tl.constexpr,
-    CU: tl.constexpr, GELU: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
-    PRECISION: tl.constexpr,
+    CU: tl.constexpr, GELU: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     split = tl.program_id(1).to(tl.int64)
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     here = columns < width
-    of_g, of_u = _rows_of(Bg, columns, width, rg, rg, RG), _rows_of(Bu, columns, width, ru, ru, RU)
-    bg, bu = tl.trans(of_g), tl.trans(of_u)
-    kg, ku, k = tl.arange(0, RG), tl.arange(0, RU), tl.arange(0, RD)
+    bg, bu = tl.trans(_rows_of(Bg, columns, width, rg, rg, RG)), tl.trans(_rows_of(Bu, columns, width, ru, ru, RU))
+    k = tl.arange(0, RD)
     a = tl.load(A + k[:, None] * width + columns[None, :], mask=(k < rd)[:, None] & here[None, :], other=0.0)
     sum_g = tl.zeros((COLUMNS, RG), tl.float32)
     sum_u = tl.zeros((COLUMNS, RU), tl.float32)
@@ -171,12 +169,8 @@ def _gated_backward(  # type: ignore[no-untyped-def]
         sum_g += tl.dot(tl.trans(dgate), sg, input_precision=PRECISION)
         sum_u += tl.dot(tl.trans(dup), su, input_precision=PRECISION)
         sum_a += tl.dot(tl.trans(h.to(dg.dtype.element_ty)), ds, input_precision=PRECISION)
-        if PARTS:
-            place = parts + (tl.program_id(0).to(tl.int64) * n + down) * (rg + ru)
-            s_g, s_u = tl.dot(dgate, of_g, input_precision=PRECISION), tl.dot(dup, of_u, input_precision=PRECISION)
-            tl.store(place + kg[None, :], s_g.to(parts.dtype.element_ty), mask=(down < n) & (kg < rg)[None, :])
-            tl.store(place + (rg + ku[None, :]), s_u.to(parts.dtype.element_ty), mask=(down < n) & (ku < ru)[None, :])
     row = (split * width + columns)[:, None]
+    kg, ku = tl.arange(0, RG), tl.arange(0, RU)
     tl.store(dBg + row * rg + kg[None, :], sum_g, mask=here[:, None] & (kg < rg)[None, :])
     tl.store(dBu + row * ru + ku[None, :], sum_u, mask=here[:, None] & (ku < ru)[None, :])
     tl.store(dA + row * rd + k[None, :], sum_a, mask=here[:, None] & (k < rd)[None, :])
@@ -255,40 +249,26 @@ def gated_triton(
 
 
 @on_its_card
-def gated_backward_by_columns(
-    dh: Tensor, dS: Tensor, g: Tensor, u: Tensor, Sg: Tensor, Bg: Tensor, Su: Tensor, Bu: Tensor, A: Tensor, cg: Tensor | None = None,
-    cu: Tensor | None = None, gelu: bool = False, dg: Tensor | None = None, du: Tensor | None = None, parts: Tensor | None = None,
-    rows: int = 32, columns: int = 128, warps: int = 8, stages: int = 3, splits: int = SPLITS,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    """As `gated_backward_reference`; a program goes down its columns, whose factors and their gradients stay in registers.
-
-    parts: (-(-width // columns), n, r_g + r_u), to be filled with what each block of columns adds to dg B_g and du B_u.
-    """
-    n, width = g.shape
-    dg, du = (g.new_empty(n, width) if d is None else d for d in (dg, du))
-    ranks = Sg.shape[1], Su.shape[1], dS.shape[1]
-    sums = [g.new_empty(splits, width, r, dtype=torch.float32) for r in ranks]
-    scales = [g.new_empty(splits, 0 if c is None else width, dtype=torch.float32) for c in (cg, cu)]
-    each = -(-n // (splits * rows)) * rows
-    grid: Any = (-(-width // columns), splits)
-    _gated_backward[grid](
-        dh, dS, g, u, Sg, Bg, Su, Bu, A, cg, cu, dg, du, *sums, *scales, parts, n, width, *ranks, each,
-        *(t.stride(0) for t in (dh, dS, g, u, Sg, Su, dg, du)), RG=_padded(ranks[0]), RU=_padded(ranks[1]), RD=_padded(ranks[2]),
-        CG=cg is not None, CU=cu is not None, GELU=gelu, PARTS=parts is not None, ROWS=rows, COLUMNS=columns, STAGES=stages,
-        PRECISION=_exact(g), num_warps=warps,
-    )  # fmt: skip
-    dBg, dBu, dA, dcg, dcu = (part.sum(0) for part in (*sums, *scales))
-    return dg, du, dBg.to(Bg.dtype), dBu.to(Bu.dtype), dA.T.to(A.dtype).contiguous(), dcg, dcu
-
-
 def gated_backward_triton(
     dh: Tensor, dS: Tensor, g: Tensor, u: Tensor, Sg: Tensor, Bg: Tensor, Su: Tensor, Bu: Tensor, A: Tensor, cg: Tensor | None = None,
     cu: Tensor | None = None, gelu: bool = False, dg: Tensor | None = None, du: Tensor | None = None, rows: int = 32,
     columns: int | None = None, warps: int | None = None, splits: int = SPLITS,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """As `gated_backward_reference`, in one launch and small sums. dh, dS, g, u, Sg, Su, dg and du may be columns of wider tensors."""
+    n, width = g.shape
     if columns is None or warps is None:  # what fits into the registers
         columns, warps = (128, 8) if g.itemsize == 2 and max(Sg.shape[1], Su.shape[1], dS.shape[1]) <= 32 else (64, 4)
-    return gated_backward_by_columns(
-        dh, dS, g, u, Sg, Bg, Su, Bu, A, cg, cu, gelu, dg, du, None, rows, columns, warps, STAGES.get(g.dtype, 1), splits
+    dg, du = (g.new_empty(n, width) if d is None else d for d in (dg, du))
+    ranks = Sg.shape[1], Su.shape[1], dS.shape[1]
+    parts = [g.new_empty(splits, width, r, dtype=torch.float32) for r in ranks]
+    scales = [g.new_empty(splits, 0 if c is None else width, dtype=torch.float32) for c in (cg, cu)]
+    each = -(-n // (splits * rows)) * rows
+    grid: Any = (-(-width // columns), splits)
+    _gated_backward[grid](
+        dh, dS, g, u, Sg, Bg, Su, Bu, A, cg, cu, dg, du, *parts, *scales, n, width, *ranks, each,
+        *(t.stride(0) for t in (dh, dS, g, u, Sg, Su, dg, du)), RG=_padded(ranks[0]), RU=_padded(ranks[1]), RD=_padded(ranks[2]),
+        CG=cg is not None, CU=cu is not None, GELU=gelu, ROWS=rows, COLUMNS=columns, STAGES=STAGES.get(g.dtype, 1),
+        PRECISION=_exact(g), num_warps=warps,
     )  # fmt: skip
+    dBg, dBu, dA, dcg, dcu = (part.sum(0) for part in (*parts, *scales))
+    return dg, du, dBg.to(Bg.dtype), dBu.to(Bu.dtype), dA.T.to(A.dtype).contiguous(), dcg, dcu
