@@ -26,7 +26,7 @@ def _summed(  # type: ignore[no-untyped-def]
     parts, one, two, three, count, m, r1, r2, r3, row_1, row_2, row_3, column_3, DEEP: tl.constexpr, BLOCK: tl.constexpr
 ):
     """parts: (count, m, r1 + r2 + r3), whose sum is cut into three."""
-    size = m.to(tl.int64) * (r1 + r2 + r3)
+    size = tl.full((), 1, tl.int64) * m * (r1 + r2 + r3)  # m may be a constant, as 1 is
     place, deep = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, DEEP)
     s = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, count, DEEP):
