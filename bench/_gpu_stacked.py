@@ -16,6 +16,7 @@ from weft.kernels.fp8_gemm import E4M3, fp8_linear, fp8_product, quantise_rows
 from weft.kernels.fp8_stacked import fp8_stacked, fp8_stacked_reference
 from weft.kernels.gated import gated_backward_reference, gated_reference
 from weft.kernels.gated_stacked import columns, gated_stacked
+from weft.kernels.low_rank_linear import low_rank_linear, low_rank_linear_reference
 from weft.kernels.stacked import padded, stacked, stacked_reference
 from weft.models import attention
 from weft.quant import FORMATS, quantise_
@@ -35,11 +36,13 @@ FP8_SHAPES = (  # tokens, in, outs, ranks
     (5, 32, (16, 48, 16), (3, 0, 1)), (192, 1024, (4096, 512, 512), (8, 8, 8)), (333, 1008, (512, 128, 128), (16, 8, 20)),
     (2049, 4096, (4096, 1024, 1024), (16, 16, 16)), (8192, 4096, (14336, 14336), (16, 16)), (1024, 2048, (8192, 8192), (64, 33)),
 )  # fmt: skip
-KINDS = {"nothing": (), "q, k, v": ("q_proj",), "gate, up": ("gate_proj",), "both": ("q_proj", "gate_proj")}  # by a group's first name
+KINDS = {"nothing": (), "q, k, v": ("q_proj",), "gate, up": ("gate_proj",), "both": ("q_proj", "gate_proj"),
+         "both, and o": ("q_proj", "gate_proj")}  # by a group's first name
 
 
 def check_stacked(check: Check, distance: Distance) -> None:
     products(check, distance)
+    lone(check, distance)
     insides(check, distance)
     for shape in SHAPES:
         layers(shape, check)
@@ -77,6 +80,20 @@ def products(check: Check, distance: Distance) -> None:
                     worst.append([Z, *grads])
                 error = max(map(distance, *worst))
                 check(f"stacked {n}×{inside}→{outs}, ranks {ranks}, {dtype}{', S alone' if added is None else ''}", error, bound)
+
+
+def lone(check: Check, distance: Distance) -> None:
+    """A layer and its adapter as one operation."""
+    for n, inside, out, rank in ((5, 24, 7, 3), (333, 1000, 512, 20), (2049, 4096, 4096, 16), (1024, 2048, 8192, 64)):
+        for dtype, bound in BOUND.items():
+            shapes = ((n, inside), (rank, inside), (out, rank), (out, inside), (n, out))
+            x, A, D, W, dy = (torch.randn(s, device=CARD).div(s[1] ** 0.5).to(dtype) for s in shapes)
+            results = []
+            for wide, work in ((dtype, low_rank_linear), (torch.float64, low_rank_linear_reference)):
+                leaves = [t.detach().to(wide).requires_grad_() for t in (x, A, D)]
+                y = work(leaves[0], W.to(wide), *leaves[1:])
+                results.append([y, *torch.autograd.grad(y, leaves, dy.to(wide))])
+            check(f"lone layer {n}×{inside}→{out}, rank {rank}, {dtype}", max(map(distance, *results)), bound)
 
 
 def products_in_fp8(check: Check, distance: Distance) -> None:
@@ -166,13 +183,16 @@ def layers(shape: str, check: Check, base: str = "bf16") -> None:
     held = torch.cuda.memory_allocated()
     fast = prepare(model, batch, parameters, memory=1.0, graphs=False, varying=False, say=said.append)
     print(fast.describe(), *said, *fast.said, sep="\n  ")
-    fp8 = all(stack.fp8 for stack in fast.stacks.values()) and len(fast.narrow) == 14
+    fp8 = all(stack.fp8 for stack in fast.inside.stacks.values()) and len(fast.narrow) == 14
     check(f"stacked layers, {shape}: products in fp8", float(fp8 != (base == "fp8")), 0.0)
-    check(f"stacked layers, {shape}: chosen, and agree", float(len(fast.stacks) != 4 or bool(said)), 0.0)
-    every, found = fast.stacks, {}
+    check(f"stacked layers, {shape}: chosen, and agree", float(len(fast.inside.stacks) != 4 or bool(said)), 0.0)
+    every, lone, found = fast.inside.stacks, fast.inside.lone, {}
     for kind, firsts in KINDS.items():
+        if "o" in kind.split() and not lone:
+            continue  # in fp8 it is as it was
         fast.close()
-        fast.stacks = {m: stack for m, stack in every.items() if stack.names[0] in firsts}
+        fast.inside.stacks = {m: stack for m, stack in every.items() if stack.names[0] in firsts}
+        fast.inside.lone = lone if "o" in kind.split() else {}
         fast.install(1.0)
         measure(model, [batch], fast.loss, parameters)  # compiles
         found[kind] = measure(model, [batch], fast.loss, parameters)
@@ -180,7 +200,7 @@ def layers(shape: str, check: Check, base: str = "bf16") -> None:
         time, count = (sum(values) / STEPS for values in zip(*seen.values(), strict=True))
         print(f"{shape}, {kind} stacked: {time:.3f} ms of kernels a step of two layers, {count:.0f} kernels; "
               f"peak {(peak_memory(CARD) - held) / 1e6:.0f} MB over what is held", flush=True)  # fmt: skip
-        if kind in ("nothing", "both"):
+        if kind in ("nothing", "both", "both, and o"):
             for name, (t, n) in sorted(seen.items(), key=lambda item: -item[1][0])[:24]:
                 print(f"    {t / STEPS:8.3f} ms {n / STEPS:5.1f} × {name[:150]}")
             copies = {name: t for name, (t, _) in seen.items() if "cat" in name or "copy" in name.lower()}

@@ -89,6 +89,7 @@ def listen(spans: Spans, cuda: bool) -> None:
     from torch._dynamo.utils import ChromiumEventLogger
 
     import weft.step.fast as fast
+    import weft.step.inside as inside
     import weft.step.regions as regions
 
     start, end = ChromiumEventLogger.log_event_start, ChromiumEventLogger.log_event_end
@@ -102,13 +103,14 @@ def listen(spans: Spans, cuda: bool) -> None:
         return end(self, name, *args, **kwargs)
 
     ChromiumEventLogger.log_event_start, ChromiumEventLogger.log_event_end = began, ended  # type: ignore[method-assign]
-    ours = ("_plain", "_pass", "differences", "fusible", "unmaskable", "install", "uninstall", "narrowable", "stacks", "release", "fitting")
+    ours = ("_plain", "_pass", "differences", "fusible", "unmaskable", "install", "uninstall", "narrowable", "release", "fitting")
     for name in ours:
         spans.around(fast, name, f"weft: {name}")
-    spans.around(fast.gated, "gated_mlps", "weft: gated_mlps")
+    spans.around(inside.gated, "gated_mlps", "weft: gated_mlps")
+    spans.around(inside, "stacks", "weft: stacks")
     spans.around(fast.early, "launch", "weft: early.launch")
-    spans.around(fast.stacked, "install", "weft: stacked.install")
-    spans.around(fast.stacked, "working", "weft: stacked.working")
+    spans.around(inside.stacked, "install", "weft: stacked.install")
+    spans.around(inside.stacked, "working", "weft: stacked.working")
     stirred = fast.stirred
 
     @contextmanager

@@ -8,6 +8,7 @@ Needs a CUDA device and pytest. Fresh random inputs of awkward shapes every time
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import re
@@ -371,9 +372,16 @@ def join(files: list[Path]) -> int:
 
 def main() -> int:
     torch.backends.cuda.matmul.allow_tf32 = False
-    if sys.argv[1:2] == ["--join"]:
-        return join([Path(name) for name in sys.argv[2:]])
-    names = sys.argv[1:] or [part.__name__ for part in PARTS]
+    every = [part.__name__ for part in PARTS]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"all, or of {', '.join(every)}")
+    parser.add_argument("--join", nargs="+", type=Path, metavar="FILE")
+    args = parser.parse_args()
+    if args.join:
+        return join(args.join)
+    names = args.parts or every
+    if unknown := {*names} - {*every}:
+        parser.error(f"no such part: {', '.join(sorted(unknown))}")
     seconds: dict[str, float] = {}
     for part in PARTS:
         if part.__name__ not in names:

@@ -137,7 +137,7 @@ def test_under_the_checkpoints_of_transformers(monkeypatch, reentrant):
     said: list[str] = []
     fast = prepare(model, pad(rows([9, 4, 7])), weft.adapters.trainable(model, "default"), compile=True, say=said.append)
     fast.close()
-    assert not said and fast.compiled and len(fast.mlps) == 2 and "self-check" in fast.said[0], said
+    assert not said and fast.compiled and len(fast.inside.mlps) == 2 and "self-check" in fast.said[0], said
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", r"ignore:The \.grad attribute")

@@ -157,7 +157,7 @@ def test_compiled(monkeypatch, memory, base, method):
     parameters = weft.adapters.trainable(model, "default")
     fast = prepare(model, pad(rows([9, 4, 7])), parameters, compile=True, memory=memory, say=said.append)
     fast.close()
-    assert not said and fast.compiled and len(fast.mlps) == 2 and "2 gated MLPs fused" in fast.describe(), said
+    assert not said and fast.compiled and len(fast.inside.mlps) == 2 and "2 gated MLPs fused" in fast.describe(), said
     assert "self-check" in fast.said[0]
 
 
@@ -173,7 +173,7 @@ def test_a_wrong_one_is_found(monkeypatch):
     fast.close()
     assert len(said) == 2 and "not stacked" in said[0]
     assert "not fused" in said[1] and "does not agree" in said[1] and "layers.0" in said[1]
-    assert fast.compiled and not fast.mlps and "self-check" in fast.said[0]  # the rest of the fast step stays
+    assert fast.compiled and not fast.inside.mlps and "self-check" in fast.said[0]  # the rest of the fast step stays
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", r"ignore:The \.grad attribute")
@@ -189,7 +189,7 @@ def test_one_that_fails_is_left_out(monkeypatch):
     said: list[str] = []
     fast = prepare(model, pad(rows([9, 4, 7])), weft.adapters.trainable(model, "default"), compile=True, say=said.append)
     fast.close()
-    assert len(said) == 2 and "not stacked" in said[0] and "no such kernel" in said[1] and fast.compiled and not fast.mlps
+    assert len(said) == 2 and "not stacked" in said[0] and "no such kernel" in said[1] and fast.compiled and not fast.inside.mlps
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", r"ignore:The \.grad attribute")

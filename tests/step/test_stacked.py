@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from functools import partial
 
 import pytest
@@ -136,8 +137,9 @@ def test_compiled(monkeypatch, kind, dtype, fused, method):
     counters.clear()
     fast = prepare(model, batches[0], parameters, compile=True, say=said.append)
     partly = method is not None and method.targets == ("q_proj", "v_proj")
-    assert not said and fast.compiled and len(fast.stacks) == (3 if partly else 6) and len(fast.mlps) == 3 * fused, said
-    assert "q, k, v of 3 layers" in fast.describe() and "self-check" in fast.said[0]
+    assert not said and fast.compiled and len(fast.inside.mlps) == 3 * fused, said
+    assert len(fast.inside.stacks) == (3 if partly else 6) and "q, k, v of 3 layers" in fast.describe() and "self-check" in fast.said[0]
+    assert Counter(fast.inside.lone.values()) == ({} if partly else {"o_proj": 3} | ({} if fused else {"down_proj": 3}))
     assert counters["stats"]["unique_graphs"] == 1  # of all layers
     for _ in range(2):
         got = measure(model, batches, fast.loss, parameters)
@@ -167,8 +169,8 @@ def test_compiled_in_fp8(monkeypatch, kind, dtype, fused, method):
     batches, said = [pad(rows([9, 4, 7])), pad(rows([8, 9], seed=1))], []
     counters.clear()
     fast = prepare(model, batches[0], parameters, compile=True, say=said.append)
-    assert not said and len(fast.stacks) == 6 and len(fast.narrow) == 21 and len(fast.mlps) == 3 * fused, said
-    assert all(stack.fp8 for stack in fast.stacks.values()) and "21 products in fp8" in fast.describe()
+    assert not said and len(fast.inside.stacks) == 6 and len(fast.narrow) == 21 and len(fast.inside.mlps) == 3 * fused, said
+    assert all(stack.fp8 for stack in fast.inside.stacks.values()) and "21 products in fp8" in fast.describe()
     assert counters["stats"]["unique_graphs"] == 1
     for _ in range(2):
         got = measure(model, batches, fast.loss, parameters)
@@ -194,21 +196,21 @@ def test_a_layer_too_far_off_leaves_its_group_alone(monkeypatch):
     said = []
     fast = prepare(model, pad(rows([9, 4, 7])), parameters, compile=True, say=said.append)
     assert len(said) == 1 and "1 of 14 layers are too far off" in said[0] and "layers.1.self_attn.k_proj" in said[0], said
-    assert model.model.layers[1].self_attn not in fast.stacks and len(fast.stacks) == 3 and len(fast.narrow) == 13
+    assert model.model.layers[1].self_attn not in fast.inside.stacks and len(fast.inside.stacks) == 3 and len(fast.narrow) == 13
     assert "q, k, v of 1 layers and gate, up of 2 layers stacked" in fast.describe()
     fast.close()
     assert not stacks(model, {}) and len(stacks(model, {}, narrowable(model, everywhere=True).values())) == 4
 
 
 def test_which_are_taken():
-    method, taken = weft.LoRA(rank=2), {}
+    method, found = weft.LoRA(rank=2), {}
     extras = {"Mixtral": dict(num_local_experts=4), "GPT2": dict(n_embd=32, n_layer=2, n_head=4)}
     for kind, extra in ({"Llama": {}, "Qwen2": {}} | extras).items():
         model = build(kind, extra).requires_grad_(False)
         weft.adapt(model, method)
-        taken[kind] = [stack.names[0] for stack in stacks(model, {}).values()]
+        found[kind] = [stack.names[0] for stack in stacks(model, {}).values()]
     both = ["q_proj", "gate_proj"] * 2
-    assert taken == {"Llama": both, "Qwen2": both, "Mixtral": ["q_proj"] * 2, "GPT2": []}
+    assert found == {"Llama": both, "Qwen2": both, "Mixtral": ["q_proj"] * 2, "GPT2": []}
     others = {"wide": weft.LoRA(rank=65), "lora_bias": weft.LoRA(rank=2, lora_bias=True), "dropout": weft.LoRA(rank=2, dropout=0.1)}
     others |= {"elsewhere": weft.LoRA(rank=2, targets=["o_proj"]), "LoKr": weft.LoKr(rank=2)}
     for name, other in others.items():
@@ -365,7 +367,7 @@ def test_stacking_goes_first(monkeypatch, broken):
     weights, said = {name: p.clone() for name, p in model.named_parameters()}, []
     fast = prepare(model, pad(rows([9, 4, 7])), parameters, compile=True, say=said.append)
     assert len(said) == 1 and "not stacked" in said[0] and ("does not agree" if broken == "wrong" else "no such product") in said[0], said
-    assert fast.compiled and len(fast.mlps) == 2 and not fast.stacks and "stacked" not in fast.describe()
+    assert fast.compiled and len(fast.inside.mlps) == 2 and not fast.inside.stacks and "stacked" not in fast.describe()
     fast.close()
     assert all(torch.equal(p, weights[name]) and p.untyped_storage().nbytes() == p.nbytes for name, p in model.named_parameters())
     assert gated_mlps(model)

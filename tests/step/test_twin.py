@@ -82,7 +82,7 @@ def test_its_graphs_are_the_layers_both_ways(ended: list[bool], monkeypatch: pyt
     monkeypatch.setattr(Ahead, "end", ending)
     monkeypatch.setattr(steps, "_plain", after)
     fast = prepare(model, pad(rows([9, 4, 7])), parameters, compile=True, varying=varying, say=pytest.fail)
-    assert ended == [True] and graphs == [2] and fast.compiled and fast.stacks and fast.mlps
+    assert ended == [True] and graphs == [2] and fast.compiled and fast.inside.stacks and fast.inside.mlps
     fast.loss(pad(rows([9, 5, 8]))).backward()
     assert counters["frames"]["total"] == 1 and counters["inductor"]["fxgraph_cache_miss"] + counters["inductor"]["fxgraph_cache_hit"] == 2
     fast.close()

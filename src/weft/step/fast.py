@@ -4,6 +4,7 @@
     CUDA graphs             the host launches all layers at once, each way
     gated MLPs              what lies between their products is one operation each way, where all three have LoRA or DoRA
     stacked layers          q, k and v are one product each way, and so are gate and up
+    lone layers             o, say, and its adapter are one operation
     no logits               the head and the loss are one operation, a slice of tokens at a time
     a shorter last layer    what follows attention there works on tokens that bear loss alone, where layers are not compiled
     no mask                 padded rows go without one where a token never looks right, which is where padding is
@@ -32,16 +33,16 @@ from weft.core import WeftError, features, is_linear, modules
 from weft.kernels.launch import usable
 from weft.kernels.scratch import release
 from weft.quant import QuantLinear
-from weft.step import early, elide, gated, stacked, twin
+from weft.step import early, elide, twin
 from weft.step.capture import able
 from weft.step.check import active_dropout, bounds, differences, measure, pieces, recomputes, stirred
 from weft.step.fp8 import BOUND, narrowable, watched
 from weft.step.graph import Chain
+from weft.step.inside import Inside
 from weft.step.levels import LEVELS, RECOMPUTE, Memory, fitting, kept
 from weft.step.loss import Batch, fusible, loss_sum, loss_sums, unmaskable
 from weft.step.regions import install, repeated, settle, uninstall
 from weft.step.routing import each, routed
-from weft.step.stackable import stacks
 from weft.step.warming import card, warm
 
 logger = logging.getLogger("weft")
@@ -63,8 +64,7 @@ class Fast:
     cuda: bool
     unmasked: bool = False  # padded rows go without their attention mask
     narrow: dict[str, QuantLinear] = field(default_factory=dict)  # the layers that multiply in fp8, by path
-    mlps: dict[nn.Module, gated.Way] = field(default_factory=dict)  # gated ones whose inside is one operation, and by what
-    stacks: dict[nn.Module, stacked.Stack] = field(default_factory=dict)  # modules of whose layers some are one product
+    inside: Inside = field(default_factory=Inside)  # what stands in for forwards inside of compiled layers
     tail: list[nn.Module] = field(default_factory=list)  # of the last layer: they work on tokens that bear loss alone
     graphs: bool = False  # compiled layers run as CUDA graphs, where that can be; gradients are then those of `backward()` alone
     insist: bool = False  # also where these leave little memory
@@ -75,12 +75,12 @@ class Fast:
 
     def loss(self, batch: Batch) -> Tensor:
         """Sum of the cross-entropies of a micro-batch, () fp32."""
-        with stacked.working(self.stacks), elide.only(self.tail, batch):
+        with self.inside.working(), elide.only(self.tail, batch):
             return loss_sum(self.model, batch, self.head, unmasked=self.unmasked)
 
     def losses(self, batch: Batch, counts: Sequence[int]) -> list[Tensor]:
         """The same for each owner of a batch, as `loss_sums` counts them. Call it, and the backward pass, within `routed(batch)`."""
-        with stacked.working(self.stacks):
+        with self.inside.working():
             return loss_sums(self.model, batch, counts, self.head, unmasked=self.unmasked)
 
     def routed(self, batch: Batch) -> AbstractContextManager[None]:
@@ -97,10 +97,8 @@ class Fast:
         self.close()
         for layer in self.narrow.values():
             layer.narrow = True
-        self.stacks = {m: stack for m, stack in self.stacks.items() if stack.able()}  # a layer too far off in fp8 leaves its group alone
         if self.compiled:
-            gated.install(self.mlps)
-            stacked.install(self.stacks, self.mlps)
+            self.inside.install()
         if self.graphs and self.compiled and not offload:
             self.chain = Chain(self.insist)
         if self.compiled or recompute:
@@ -117,19 +115,21 @@ class Fast:
         if self.chain is not None:
             self.chain.close()
             self.chain = None
-        stacked.uninstall(self.stacks)
-        gated.uninstall(self.mlps)
+        self.inside.uninstall()
         for layer in narrowable(self.model, everywhere=True).values():
             layer.narrow = False
+
+    def less(self) -> str:
+        """Take the most daring of what is inside of the layers out of them; says what, or nothing."""
+        self.close()
+        return self.inside.give_up()
 
     def describe(self) -> str:
         parts = [f"{len(self.layers)} layers compiled" if self.compiled else "layers as they are"]
         if self.captured:
             parts[0] += ", as CUDA graphs"
-        if self.compiled and self.mlps:
-            parts.append(f"{len(self.mlps)} gated MLPs fused")
-        if self.compiled and self.stacks:
-            parts.append(f"{stacked.named(self.stacks)} stacked")
+        if self.compiled:
+            parts += self.inside.describe()
         if self.narrow:
             parts.append(f"{len(self.narrow)} products in fp8")
         if self.tail:
@@ -183,10 +183,8 @@ def prepare(
         say("no product can be in fp8 here (that takes base: fp8, and a card with fp8 units): they are computed from decoded weights")
     with routed(model, batch):
         fast = Fast(model, compiled, head, varying, level, layers, cuda, unmaskable(model, batch, head), narrow)
-        if compiled and usable(batch.input_ids):
-            fast.mlps = gated.gated_mlps(model)
         if compiled:
-            fast.stacks = stacks(model, fast.mlps, narrow.values())
+            fast.inside = Inside.of(model, layers, narrow.values(), usable(batch.input_ids))
         elif elide.masked(batch):  # else the self-check would not hold it against the plain step
             fast.tail = elide.tail(model, layers, head, parameters)
     if not (fast.compiled or fast.head is not None or fast.unmasked or fast.narrow or fast.tail):
@@ -226,7 +224,7 @@ def _try(
     started = time.perf_counter()
     with stirred(parameters, batch.input_ids.device):
         if fast.compiled and fast.cuda:  # only now: a backward pass fails when its parameters were written to since the forward one
-            fast.ahead = early.launch(fast.mlps, fast.head, batch.input_ids)
+            fast.ahead = early.launch(fast.inside.mlps, fast.head, batch.input_ids)
         ahead = _compile_ahead(fast, batch, parameters) if self_check else None
         try:
             work = partial(_plain, fast, batch, parameters, say)
@@ -252,14 +250,8 @@ def _try(
             if fast.chain is not None and fast.chain.known and not fast.chain.why:
                 say(f"the layers do not run as CUDA graphs: the step with them {failed}")
                 fast.graphs = False
-            elif fast.compiled and fast.stacks:
-                say(f"{stacked.named(fast.stacks)} are not stacked: the step with them so {failed}")
-                fast.close()
-                fast.stacks = {}
-            elif fast.compiled and fast.mlps:
-                say(f"gated MLPs are not fused: the step with them {failed}")
-                fast.close()
-                fast.mlps = {}
+            elif fast.compiled and (less := fast.less()):
+                say(f"{less}: the step with them so {failed}")
             elif fast.compiled:
                 say(f"the layers are not compiled: the step with compiled ones {failed}")
                 fast.compiled = False
@@ -282,7 +274,7 @@ def _compile_ahead(fast: Fast, batch: Batch, parameters: Mapping[str, nn.Paramet
     settle(kept(fast.level, fast.level == 0))
     torch._dynamo.reset()
     with fast.routed(batch):
-        thread = twin.begin(fast.model, fast.layers, fast.mlps, fast.stacks, parameters.values(), fast.varying, lambda: fast.loss(batch))
+        thread = twin.begin(fast.model, fast.layers, fast.inside, parameters.values(), fast.varying, lambda: fast.loss(batch))
     if thread is not None:
         thread.start()
     return thread

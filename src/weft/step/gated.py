@@ -104,6 +104,13 @@ def factors(layer: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | No
     return plan.A.to(dtype), (plan.scale * plan.B).to(dtype), c
 
 
+def finished(layer: Any, c: Tensor | None, y: Tensor) -> Tensor:
+    """What the layer gives: y with DoRA's factor, or with the bias."""
+    if c is not None:
+        return (y * c).to(y.dtype)
+    return y if layer.bias is None else y + layer.bias
+
+
 def install(mlps: Mapping[nn.Module, Way]) -> None:
     for mlp, way in mlps.items():
         mlp.forward = MethodType(way, mlp)  # one function for all of a kind, so that all layers share one compiled graph

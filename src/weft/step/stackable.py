@@ -65,13 +65,14 @@ def _same_input(model: nn.Module, stacks: dict[nn.Module, Stack]) -> set[nn.Modu
 
 def _able(module: nn.Module, layers: list[Any], narrow: Container[nn.Module]) -> bool:
     """Frozen plain layers alike, at least one with LoRA or DoRA, and nobody's hand on them."""
-    if getattr(module, "plan", None) is not None or touched(module) or not all(_plain(layer, narrow) for layer in layers):
+    if getattr(module, "plan", None) is not None or touched(module) or not all(plain(layer, narrow) for layer in layers):
         return False
     kinds = {(layer.in_features, layer.weight.dtype, layer.weight.device, getattr(layer, "dtype", None)) for layer in layers}
     return len(kinds) == 1 and any(getattr(layer, "plan", None) is not None for layer in layers)
 
 
-def _plain(layer: Any, narrow: Container[nn.Module]) -> bool:
+def plain(layer: Any, narrow: Container[nn.Module]) -> bool:
+    """Whether it is a frozen linear layer, with no adapter or one LoRA or DoRA, and nobody's hand on it."""
     fp8 = layer in narrow
     if layer is None or base_class(layer) is not (QuantLinear if fp8 else nn.Linear) or touched(layer) or unmerged(layer) is not layer:
         return False

@@ -23,7 +23,7 @@ from weft.kernels.fp8_stacked import fp8_stacked
 from weft.kernels.keep import keep
 from weft.kernels.stacked import EIGHT, padded, stacked
 from weft.quant import QuantLinear
-from weft.step.gated import STACK, factors, usual
+from weft.step.gated import STACK, factors, finished, usual
 
 FUSED = 8  # parts of a tensor that inductor's lowering of cat writes by one kernel, at most
 
@@ -112,13 +112,9 @@ class Stack:
         made = []
         Z = self.product(x, torch.cat(Bs))
         for name, layer, c, y in zip(self.names, self.layers, cs, Z.split([*self.outs, *self.rest()], -1), strict=False):
-            if c is not None:
-                y = (y * c).to(y.dtype)
-            elif layer.bias is not None:
-                y = y + layer.bias
-            elif name == "v_proj":  # attention keeps v as it is: a view would hold all of Z
+            if name == "v_proj" and c is None and layer.bias is None:  # attention keeps v as it is: a view would hold all of Z
                 y = keep(y)
-            made.append(y)
+            made.append(finished(layer, c, y))
         return made
 
     def rest(self) -> list[int]:

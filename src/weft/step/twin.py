@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from contextvars import copy_context
 from threading import Thread
 from typing import Any, TypeVar
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from weft.methods.kept import Kept
-from weft.step import gated, stacked
+from weft.step.inside import Inside
 from weft.step.regions import Region, Unrun, unrun
 
 logger = logging.getLogger("weft")
@@ -30,9 +30,8 @@ class _Given(Exception):
 
 
 def begin(
-    model: nn.Module, layers: list[nn.Module], mlps: Mapping[nn.Module, gated.Way], stacks: Mapping[nn.Module, stacked.Stack],
-    parameters: Iterable[nn.Parameter], varying: bool, loss: Callable[[], Any],
-) -> Ahead | None:  # fmt: skip
+    model: nn.Module, layers: list[nn.Module], inside: Inside, parameters: Iterable[nn.Parameter], varying: bool, loss: Callable[[], Any]
+) -> Ahead | None:
     """Compile the first layer, both ways, in a thread, with torch's settings as they are now; None where that cannot be tried.
 
     parameters: what is trained. varying: as for `Region`. loss: the forward pass that the layer is to be compiled for.
@@ -41,9 +40,7 @@ def begin(
         args, kwargs = _given(layers[0], loss)
         twin = _copy(model, layers[0], parameters)
         twins = dict(zip(layers[0].modules(), twin.modules(), strict=True))
-        ways = {twins[m]: way for m, way in mlps.items() if m in twins}
-        groups = {twins[m]: stacked.Stack(s.names, [twins[one] for one in s.layers]) for m, s in stacks.items() if m in twins}
-        return Ahead(Region(twin, True, varying, False, None), args, kwargs, ways, groups)
+        return Ahead(Region(twin, True, varying, False, None), args, kwargs, inside.copied(twins))
     except Exception:  # not every module can be copied; what is wrong with the model itself the plain pass meets next
         logger.debug("no layer is compiled ahead", exc_info=True)
         return None
@@ -52,16 +49,12 @@ def begin(
 class Ahead(Thread):
     """The thread."""
 
-    def __init__(
-        self, region: Region, args: tuple[Any, ...], kwargs: dict[str, Any], mlps: Mapping[nn.Module, gated.Way],
-        stacks: Mapping[nn.Module, stacked.Stack],
-    ) -> None:  # fmt: skip
+    def __init__(self, region: Region, args: tuple[Any, ...], kwargs: dict[str, Any], inside: Inside) -> None:
         super().__init__(name="weft-compiles-a-layer", daemon=True)
-        self.region, self.args, self.kwargs, self.mlps, self.stacks = region, args, kwargs, mlps, stacks
+        self.region, self.args, self.kwargs, self.inside = region, args, kwargs, inside
         self.done = False
         self.context = copy_context()  # torch keeps settings there from 2.12 on
-        gated.install(mlps)
-        stacked.install(stacks, mlps)
+        inside.install()
 
     def run(self) -> None:
         self.context.run(self._compile)
@@ -69,7 +62,7 @@ class Ahead(Thread):
     def _compile(self) -> None:
         try:
             here = torch.cuda.device_of(self.args[0])  # type: ignore[no-untyped-call]
-            with here, stacked.working(self.stacks), unrun():
+            with here, self.inside.working(), unrun():
                 self.region.now(*self.args, **self.kwargs)
         except Unrun:
             self.done = True
@@ -79,9 +72,9 @@ class Ahead(Thread):
     def end(self) -> bool:
         """Wait for it. Whether there is a graph."""
         self.join()
-        for stack in self.stacks.values():
+        for stack in self.inside.stacks.values():
             stack.drop()
-        del self.region, self.args, self.kwargs, self.mlps, self.stacks
+        del self.region, self.args, self.kwargs, self.inside
         return self.done
 
 
