@@ -18,6 +18,7 @@ from weft.kernels.gated import gated_backward_reference, gated_reference
 from weft.kernels.gated_stacked import columns, gated_stacked
 from weft.kernels.low_rank_linear import low_rank_linear, low_rank_linear_reference
 from weft.kernels.stacked import padded, stacked, stacked_reference
+from weft.kernels.stacked_added import stacked_added, stacked_added_reference
 from weft.models import attention
 from weft.quant import FORMATS, quantise_
 from weft.step import peak_memory, prepare, reset_peak_memory
@@ -54,32 +55,30 @@ def check_stacked_fp8(check: Check, distance: Distance) -> None:
 
 
 def products(check: Check, distance: Distance) -> None:
+    """Layers of one input, by themselves and with their updates added."""
     for n, inside, outs, ranks in ((5, 24, (8, 24, 16), (3, 0, 1)), (333, 1000, (512, 128, 128), (16, 8, 20)),
                                    (2049, 4096, (4096, 1024, 1024), (16, 16, 16)), (1024, 2048, (8192, 8192), (64, 33))):  # fmt: skip
         width, R = sum(outs), padded(sum(ranks))
         for dtype, bound in BOUND.items():
             A = [torch.randn(r, inside, device=CARD).div(inside**0.5).to(dtype).float().requires_grad_() for r in ranks if r]
-            zeros = torch.zeros(R - sum(ranks), inside, device=CARD)
-            base = torch.randn(width, inside, device=CARD) / inside**0.5
-            W = torch.cat((base, *(a.detach() for a in A), zeros)).to(dtype)
+            below = torch.cat((*(a.detach() for a in A), torch.zeros(R - sum(ranks), inside, device=CARD))).to(dtype)
+            base = (torch.randn(width, inside, device=CARD) / inside**0.5).to(dtype)
             x, D = torch.randn(n, inside, device=CARD, dtype=dtype), torch.randn(width, R, device=CARD).to(dtype) / 4
             D[:, sum(ranks) :] = 0
-            dZ = torch.randn(n, width + R, device=CARD).to(dtype)
-            for added in (D, None):
-                given = dZ.clone()
-                given[:, width + (sum(ranks) if added is None else 0) :] = 0
-                worst = []
-                for wide in (dtype, torch.float64):
-                    leaves = [t.detach().to(wide).requires_grad_() for t in (x, *([] if added is None else [added]))]
-                    masters = [a.detach().to(torch.promote_types(wide, torch.float32)).requires_grad_() for a in A]
-                    work = stacked if wide == dtype else stacked_reference
-                    Z = work(leaves[0], W.to(wide), masters, *leaves[1:])
-                    grads = list(torch.autograd.grad(Z, [*leaves, *masters], given.to(wide)))
-                    if added is not None:
-                        grads[1] = grads[1][:, : sum(ranks)]
-                    worst.append([Z, *grads])
-                error = max(map(distance, *worst))
-                check(f"stacked {n}×{inside}→{outs}, ranks {ranks}, {dtype}{', S alone' if added is None else ''}", error, bound)
+            dZ, both, added = torch.randn(n, width + R, device=CARD).to(dtype), [], []
+            for wide in (dtype, torch.float64):
+                leaves = [x.detach().to(wide).requires_grad_()]
+                leaves += [a.detach().to(torch.promote_types(wide, torch.float32)).requires_grad_() for a in A]
+                Z = (stacked if wide == dtype else stacked_reference)(leaves[0], torch.cat((base, below)).to(wide), leaves[1:])
+                both.append([Z, *torch.autograd.grad(Z, leaves, dZ.to(wide))])
+                leaves = [t.detach().to(wide).requires_grad_() for t in (x, below, D)]
+                W = torch.full((width + R, inside + R), torch.nan, device=CARD, dtype=wide)
+                W[:width, :inside] = base
+                Z = (stacked_added if wide == dtype else stacked_added_reference)(leaves[0], W, *leaves[1:])
+                dx, dA, dD = torch.autograd.grad(Z[:, :width], leaves, dZ[:, :width].to(wide))
+                added.append([Z, dx, dA[: sum(ranks)], dD[:, : sum(ranks)]])
+            for what, pair in (("stacked", both), ("stacked and added", added)):
+                check(f"{what} {n}×{inside}→{outs}, ranks {ranks}, {dtype}", max(map(distance, *pair)), bound)
 
 
 def lone(check: Check, distance: Distance) -> None:

@@ -20,6 +20,7 @@ from weft.kernels.fp8_stacked import fp8_stacked, fp8_stacked_reference
 from weft.kernels.gated import gated
 from weft.kernels.gated_stacked import gated_stacked
 from weft.kernels.stacked import padded, stacked, stacked_reference
+from weft.kernels.stacked_added import stacked_added, stacked_added_reference
 from weft.quant import FORMATS, quantise_
 from weft.step import gated as gated_module
 from weft.step import loss_sum, prepare
@@ -45,28 +46,40 @@ def model_of(kind="Llama", method=None, dtype=torch.float32, extra=None, base=No
     return model, parameters
 
 
-@pytest.mark.parametrize("shape", [(5,), (2, 3)])
-@pytest.mark.parametrize(("outs", "ranks"), [((7,), (1,)), ((4, 9, 6), (3, 8, 2)), ((4, 9), (0, 5))])
-@pytest.mark.parametrize("added", [True, False])
-def test_the_operation_and_its_gradients(shape, outs, ranks, added):
+SHAPES = [((5,), (7,), (1,)), ((2, 3), (4, 9, 6), (3, 8, 2)), ((1, 1), (4, 9), (0, 5)), ((2, 3), (11, 1), (70, 3))]
+
+
+@pytest.mark.parametrize(("shape", "outs", "ranks"), SHAPES)
+def test_the_operation_and_its_gradients(shape, outs, ranks):
     torch.manual_seed(0)
     inside, R = 11, padded(sum(ranks))
-    x, D = torch.randn(*shape, inside).double().requires_grad_(), torch.randn(sum(outs), R).double()
-    D[:, sum(ranks) :] = 0
-    D.requires_grad_()
-    A = [torch.randn(r, inside, requires_grad=True) for r in ranks if r]  # in another type than x
+    x, A = torch.randn(*shape, inside).double().requires_grad_(), [torch.randn(r, inside, requires_grad=True) for r in ranks if r]
     W = torch.randn(sum(outs) + R, inside).double()
-    W[sum(outs) :] = torch.cat([*(a.detach() for a in A), torch.zeros(R - sum(ranks), inside)])
-    Z, want = (f(x, W, A, D if added else None) for f in (stacked, stacked_reference))
+    W[sum(outs) :] = torch.cat([*(a.detach() for a in A), torch.zeros(R - sum(ranks), inside)])  # the A's are of another type
+    Z, want = stacked(x, W, A), stacked_reference(x, W, A)
     torch.testing.assert_close(Z, want, rtol=1e-5, atol=1e-5)
     dZ = torch.randn_like(Z)
-    if added:
-        dZ[..., sum(outs) :] = 0  # then S is nobody else's
-    leaves, before = [x, *A, *([D] if added else [])], dZ.clone()
-    for a, b in zip(*(torch.autograd.grad(z, leaves, dZ) for z in (Z, want)), strict=True):
+    for a, b in zip(*(torch.autograd.grad(z, [x, *A], dZ) for z in (Z, want)), strict=True):
         assert a.dtype == b.dtype
-        torch.testing.assert_close(a[..., : sum(ranks)], b[..., : sum(ranks)], rtol=1e-5, atol=1e-5)
-    assert torch.equal(dZ, before)
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("shape", "outs", "ranks"), SHAPES)
+def test_the_operation_that_adds_the_updates(shape, outs, ranks):
+    torch.manual_seed(0)
+    inside, R, N = 11, padded(sum(ranks)), sum(outs)
+    x, A = torch.randn(*shape, inside).double().requires_grad_(), torch.randn(R, inside).double().requires_grad_()
+    D, W = torch.randn(N, R).double().requires_grad_(), torch.full((N + R, inside + R), torch.nan).double()
+    W[:N, :inside] = torch.randn(N, inside)
+    before = W[:N, :inside].clone()
+    Z, want = stacked_added(x, W, A, D), stacked_added_reference(x, W, A, D)
+    torch.testing.assert_close(Z, want)
+    dZ = torch.cat((torch.randn(*shape, N), torch.full((*shape, R), torch.nan)), -1).double()  # S's own gradient is not looked at
+    given = dZ.clone()
+    (found,) = (torch.autograd.grad(Z, (x, A, D), dZ, retain_graph=True),)
+    for a, b in zip(found, torch.autograd.grad(want[..., :N], (x, A, D), dZ[..., :N]), strict=True):
+        torch.testing.assert_close(a, b)
+    assert torch.equal(W[:N, :inside], before) and given.isnan().equal(dZ.isnan()) and torch.equal(given[..., :N], dZ[..., :N])
 
 
 @pytest.mark.parametrize(("shape", "outs", "ranks"), [((5,), (16,), (1,)), ((2, 3), (32, 16, 48), (3, 8, 2)), ((33,), (16, 16), (0, 5))])
@@ -359,9 +372,9 @@ def test_stacking_goes_first(monkeypatch, broken):
     def other(*given):
         if broken == "failing":
             raise RuntimeError("no such product")
-        return 1.1 * stacked(*given)
+        return 1.1 * stacked_added(*given)
 
-    monkeypatch.setattr(module, "stacked", other)
+    monkeypatch.setattr(module, "stacked_added", other)
     monkeypatch.setattr("weft.step.fast.usable", lambda t: True)
     model, parameters = model_of()
     weights, said = {name: p.clone() for name, p in model.named_parameters()}, []

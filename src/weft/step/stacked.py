@@ -1,9 +1,9 @@
 """Linear layers that are given the very same input (q, k and v; gate and up) as one product, their adapters' part included.
 
-Their frozen weights come to lie in one tensor, above a copy of their adapters' A (`weft.kernels.stacked`), or beside one where they
-multiply in fp8 (`weft.kernels.fp8_stacked`). A layer's own weight is a view of its rows, so whatever else reads it finds it as it was. The
-module around them runs its own forward with a stand-in for itself, whose q, k and v hand out what one product made; the model's code stays
-as it is.
+Their frozen weights come to lie in one tensor with room for their adapters (`weft.kernels.stacked_added`), above a copy of the adapters' A
+where a gated MLP adds the rest itself (`weft.kernels.stacked`), or beside one where they multiply in fp8 (`weft.kernels.fp8_stacked`). A
+layer's own weight is a view of its part, so whatever else reads it finds it as it was. The module around them runs its own forward with a
+stand-in for itself, whose q, k and v hand out what one product made; the model's code stays as it is.
 """
 
 from __future__ import annotations
@@ -22,10 +22,9 @@ from weft.kernels.fp8_gemm import E4M3
 from weft.kernels.fp8_stacked import fp8_stacked
 from weft.kernels.keep import keep
 from weft.kernels.stacked import EIGHT, padded, stacked
+from weft.kernels.stacked_added import FUSED, stacked_added
 from weft.quant import QuantLinear
 from weft.step.gated import STACK, factors, finished, usual
-
-FUSED = 8  # parts of a tensor that inductor's lowering of cat writes by one kernel, at most
 
 
 class Stack:
@@ -44,11 +43,17 @@ class Stack:
         self.rows: Tensor | None = None  # the A's
         self.held: list[tuple[Any, str, Tensor, int]] = []  # a layer, which of its tensors, that, and where in memory it lies
         self.tails: list[Tensor] = []
+        self.handles: list[Any] = []  # of hooks
 
-    def install(self) -> None:
+    def install(self, added: bool) -> None:
+        """added: `parts` will be asked for, and not `product`."""
         if self.fp8:
             self.W, self.scale = self._gather("weight").view(E4M3), self._gather("weight_scale")
             self.rows = self.W.new_empty(self.rank, self.W.shape[1], dtype=self.layers[0].dtype)
+        elif added:
+            self.W = self._gather("weight", self.rank, self.rank)
+            self.handles = [layer.register_state_dict_post_hook(_in_one_piece) for layer in self.layers]
+            return
         else:
             self.W = self._gather("weight", self.rank)
             self.rows = self.W[sum(self.outs) :]
@@ -57,11 +62,12 @@ class Stack:
         self.tails = [t for t in tails if len(t)]
         rest.zero_()
 
-    def _gather(self, name: str, behind: int = 0) -> Tensor:
-        """A tensor of each layer in one, with so many rows behind."""
+    def _gather(self, name: str, behind: int = 0, beside: int = 0) -> Tensor:
+        """A tensor of each layer in one, with so many rows behind and columns beside."""
         tensors = [cast(Tensor, getattr(layer, name)) for layer in self.layers]
-        whole = tensors[0].data.new_empty(sum(self.outs) + behind, tensors[0].shape[1])
-        for layer, tensor, place in zip(self.layers, tensors, whole.split([*self.outs, *[behind] * bool(behind)]), strict=False):
+        whole = tensors[0].data.new_empty(sum(self.outs) + behind, tensors[0].shape[1] + beside)
+        places = whole[: sum(self.outs), : tensors[0].shape[1]].split(self.outs)
+        for layer, tensor, place in zip(self.layers, tensors, places, strict=True):
             tensor.data = place.copy_(tensor.data)
             self.held.append((layer, name, tensor, tensor.data_ptr()))
         return whole
@@ -69,7 +75,9 @@ class Stack:
     def uninstall(self) -> None:
         for _, _, tensor, place in self.held:
             if tensor.data_ptr() == place:
-                tensor.data = tensor.data.clone()
+                tensor.data = tensor.data.clone(memory_format=torch.contiguous_format)
+        for handle in self.handles:
+            handle.remove()
         self.W, self.scale, self.rows, self.held, self.tails = None, None, None, [], []
 
     def drop(self) -> None:
@@ -92,14 +100,24 @@ class Stack:
         )
 
     def masters(self) -> list[Tensor]:
-        return [plan.A for plan in self.plans if plan is not None]
+        """What `rows` are copies of."""
+        return [plan.A for plan in self.plans if plan is not None and self.rows is not None]
 
-    def product(self, x: Tensor, D: Tensor | None = None) -> Tensor:
-        """[y_1 | y_2 | … | S]. D: of what the adapters add to the y's."""
+    def product(self, x: Tensor) -> Tensor:
+        """[y_1 | y_2 | … | S], nothing added to the y's."""
         assert self.W is not None and self.rows is not None
         if self.scale is None:
-            return stacked(x, self.W, self.masters(), D)
-        return fp8_stacked(x, self.W, self.scale, self.rows, self.masters(), D)
+            return stacked(x, self.W, self.masters())
+        return fp8_stacked(x, self.W, self.scale, self.rows, self.masters())
+
+    def _added(self, x: Tensor, D: Tensor) -> Tensor:
+        """The same with S Dᵀ added to the y's."""
+        assert self.W is not None
+        if self.scale is not None:
+            assert self.rows is not None
+            return fp8_stacked(x, self.W, self.scale, self.rows, self.masters(), D)
+        A = torch.cat([plan.A.to(x.dtype) for plan in self.plans if plan is not None])
+        return stacked_added(x, self.W, F.pad(A, (0, 0, 0, self.rank - len(A))), D)
 
     def parts(self, x: Tensor) -> list[Tensor]:
         """What each layer makes of x with its adapter."""
@@ -110,7 +128,7 @@ class Stack:
             cs.append(c)
             before += rank
         made = []
-        Z = self.product(x, torch.cat(Bs))
+        Z = self._added(x, torch.cat(Bs))
         for name, layer, c, y in zip(self.names, self.layers, cs, Z.split([*self.outs, *self.rest()], -1), strict=False):
             if name == "v_proj" and c is None and layer.bias is None:  # attention keeps v as it is: a view would hold all of Z
                 y = keep(y)
@@ -125,6 +143,11 @@ class Stack:
         """
         pieces = FUSED + 1 - len(self.outs)
         return [EIGHT] * (pieces - 1) + [self.rank - EIGHT * (pieces - 1)]
+
+
+def _in_one_piece(layer: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
+    """What saves a model takes weights for contiguous."""
+    state[f"{prefix}weight"] = state[f"{prefix}weight"].contiguous()
 
 
 class Stand:
@@ -166,7 +189,7 @@ def install(stacks: Mapping[nn.Module, Stack], mlps: Container[nn.Module]) -> No
     """mlps: those that see for themselves (`weft.step.gated`)."""
     for module, stack in stacks.items():
         vars(module)[STACK] = stack
-        stack.install()
+        stack.install(module not in mlps)
         if module not in mlps:
             module.forward = MethodType(_forward, module)  # one function for all of a kind, so that all layers share one compiled graph
     _tidy(stacks)
@@ -191,9 +214,9 @@ def _tidy(stacks: Mapping[nn.Module, Stack]) -> None:
 def working(stacks: Mapping[nn.Module, Stack]) -> Iterator[None]:
     """Within it, layers are stacked where the adapters and weights are still those of `install`; their A's are copied first."""
     valid = [stack for stack in stacks.values() if stack.valid()]
-    if valid:
+    if tails := [t for s in valid for t in s.tails]:
         with torch.no_grad():
-            torch._foreach_copy_([t for s in valid for t in s.tails], [A for s in valid for A in s.masters()])
+            torch._foreach_copy_(tails, [A for s in valid for A in s.masters()])
     for stack in valid:
         stack.on = True
     try:
