@@ -1,4 +1,5 @@
-"""What stands in for forwards inside of compiled layers: fused MLPs, stacked layers, layers that are one operation with their adapter."""
+"""What stands in for forwards in a compiled step: of fused MLPs, stacked layers, layers that are one operation with their adapter, and the
+norm behind them all."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from weft.step import alone, gated, stacked
+from weft.step import alone, closing, gated, stacked
 from weft.step.stackable import stacks
 
 
@@ -17,6 +18,7 @@ class Inside:
     mlps: dict[nn.Module, gated.Way] = field(default_factory=dict)  # gated ones whose inside is one operation, and by what
     stacks: dict[nn.Module, stacked.Stack] = field(default_factory=dict)  # modules of whose layers some are one product
     lone: dict[nn.Module, str] = field(default_factory=dict)  # layers in none of them that are one operation, and their names
+    norm: nn.Module | None = None  # behind the last layer, as one kernel
 
     @classmethod
     def of(cls, model: nn.Module, layers: Sequence[nn.Module], narrow: Collection[nn.Module], kernels: bool) -> Inside:
@@ -24,15 +26,17 @@ class Inside:
         mlps = gated.gated_mlps(model) if kernels else {}
         groups = stacks(model, mlps, narrow)
         taken = [layer for s in groups.values() for layer in s.layers] + [m for mlp in mlps for m in mlp.children()]
-        return cls(mlps, groups, alone.lone(layers, taken))
+        return cls(mlps, groups, alone.lone(layers, taken), closing.closing(model, list(layers)) if kernels else None)
 
     def install(self) -> None:
         self.stacks = {m: stack for m, stack in self.stacks.items() if stack.able()}  # a layer too far off in fp8 leaves its group alone
         gated.install(self.mlps)
         stacked.install(self.stacks, self.mlps)
         alone.install(self.lone)
+        closing.install(self.norm)
 
     def uninstall(self) -> None:
+        closing.uninstall(self.norm)
         alone.uninstall(self.lone)
         stacked.uninstall(self.stacks)
         gated.uninstall(self.mlps)
@@ -49,6 +53,8 @@ class Inside:
             self.stacks, self.lone = {}, {}
         elif self.mlps:
             text, self.mlps = "gated MLPs are not fused", {}
+        elif self.norm is not None:
+            text, self.norm = "the norm behind the layers is not one kernel", None
         else:
             text = ""
         return text
