@@ -72,8 +72,7 @@ class Ahead(Thread):
     def end(self) -> bool:
         """Wait for it. Whether there is a graph."""
         self.join()
-        for stack in self.inside.stacks.values():
-            stack.drop()
+        self.inside.drop()
         del self.region, self.args, self.kwargs, self.inside
         return self.done
 
