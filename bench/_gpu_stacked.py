@@ -15,11 +15,10 @@ from weft.data import Example, pad
 from weft.kernels.fp8_gemm import E4M3, fp8_linear, fp8_product, quantise_rows
 from weft.kernels.fp8_stacked import fp8_stacked, fp8_stacked_reference
 from weft.kernels.gated import gated_backward_reference, gated_reference
-from weft.kernels.gated_stacked import columns, gated_stacked, gated_stacked_widened
+from weft.kernels.gated_stacked import columns, gated_stacked
 from weft.kernels.low_rank_linear import low_rank_linear, low_rank_linear_reference
 from weft.kernels.stacked import padded, stacked, stacked_reference
 from weft.kernels.stacked_added import stacked_added, stacked_added_reference
-from weft.kernels.widened import widened, widened_reference
 from weft.models import attention
 from weft.quant import FORMATS, quantise_
 from weft.step import peak_memory, prepare, reset_peak_memory
@@ -39,13 +38,12 @@ FP8_SHAPES = (  # tokens, in, outs, ranks
     (2049, 4096, (4096, 1024, 1024), (16, 16, 16)), (8192, 4096, (14336, 14336), (16, 16)), (1024, 2048, (8192, 8192), (64, 33)),
 )  # fmt: skip
 KINDS = {"nothing": (), "q, k, v": ("q_proj",), "gate, up": ("gate_proj",), "both": ("q_proj", "gate_proj"),
-         "both, and o": ("q_proj", "gate_proj"), "both, o and down": ("q_proj", "gate_proj")}  # by a group's first name
+         "both, and o": ("q_proj", "gate_proj")}  # by a group's first name
 
 
 def check_stacked(check: Check, distance: Distance) -> None:
     products(check, distance)
     lone(check, distance)
-    wide_layers(check, distance)
     insides(check, distance)
     for shape in SHAPES:
         layers(shape, check)
@@ -95,22 +93,6 @@ def lone(check: Check, distance: Distance) -> None:
                 y = work(leaves[0], W.to(wide), *leaves[1:])
                 results.append([y, *torch.autograd.grad(y, leaves, dy.to(wide))])
             check(f"lone layer {n}×{inside}→{out}, rank {rank}, {dtype}", max(map(distance, *results)), bound)
-
-
-def wide_layers(check: Check, distance: Distance) -> None:
-    """A layer with its adapter's B beside its weight, against exact products."""
-    for n, inside, out, rank in ((5, 24, 8, 3), (333, 1000, 512, 20), (2049, 14336, 4096, 16), (1024, 8192, 2048, 64)):
-        R = padded(rank)
-        for dtype, bound in BOUND.items():
-            h, D, base = (torch.randn(s, device=CARD).div(s[1] ** 0.5).to(dtype) for s in ((n, inside + rank), (out, rank), (out, inside)))
-            zeros, dy, results = torch.zeros(n, R - rank, device=CARD, dtype=dtype), torch.randn(n, out, device=CARD).to(dtype), []
-            H, W = torch.cat((h, zeros), 1), torch.cat((base, D, zeros.new_zeros(out, R - rank)), 1)
-            for wide, work in ((dtype, widened), (torch.float64, widened_reference)):
-                leaves = [t.detach().to(wide).requires_grad_() for t in (H, D)]
-                y = work(leaves[0], W.to(wide), leaves[1])
-                dH, dD = torch.autograd.grad(y, leaves, dy.to(wide))
-                results.append([y, dH[:, : inside + rank], dD])
-            check(f"wide layer {n}×{inside}→{out}, rank {rank}, {dtype}", max(map(distance, *results)), bound)
 
 
 def products_in_fp8(check: Check, distance: Distance) -> None:
@@ -170,12 +152,7 @@ def insides(check: Check, distance: Distance) -> None:
             dg, du, dBg, dBu, dA, _, dc = gated_backward_reference(dh.double(), dS.double(), g, u, Sg, Bg, Su, Bu, A, None, cu, n == 333)
             dZ = torch.cat((dg, du, dg @ Bg, du @ Bu, torch.zeros(n, R - rg - ru, device=CARD, dtype=torch.float64)), 1)
             error = max(map(distance, got, (h, S, dZ, dBg, dBu, dA, dc)))
-            what = f"gated MLP of stacked products {n}×{width}, {dtype}"
-            check(f"{what}: worst of h, S and 5 gradients", error, bound)
-            H = gated_stacked_widened(*leaves[:4], None, leaves[4], gelu=n == 333)
-            rest = dh.new_zeros(n, padded(rd) - rd)
-            found = (H, *torch.autograd.grad(H, leaves, torch.cat((dh, dS, rest), 1)))
-            check(f"{what}: the same in columns", max(map(distance, found, (torch.cat((*got[:2], rest), 1), *got[2:]))), bound)
+            check(f"gated MLP of stacked products {n}×{width}, {dtype}: worst of h, S and 5 gradients", error, bound)
 
 
 def layers(shape: str, check: Check, base: str = "bf16") -> None:
@@ -208,15 +185,13 @@ def layers(shape: str, check: Check, base: str = "bf16") -> None:
     fp8 = all(stack.fp8 for stack in fast.inside.stacks.values()) and len(fast.narrow) == 14
     check(f"stacked layers, {shape}: products in fp8", float(fp8 != (base == "fp8")), 0.0)
     check(f"stacked layers, {shape}: chosen, and agree", float(len(fast.inside.stacks) != 4 or bool(said)), 0.0)
-    check(f"stacked layers, {shape}: down of each is one product", float(len(fast.inside.wides) != (0 if fp8 else 2)), 0.0)
-    every, lone, wides, found = fast.inside.stacks, fast.inside.lone, fast.inside.wides, {}
+    every, lone, found = fast.inside.stacks, fast.inside.lone, {}
     for kind, firsts in KINDS.items():
         if "o" in kind.split() and not lone:
             continue  # in fp8 it is as it was
         fast.close()
         fast.inside.stacks = {m: stack for m, stack in every.items() if stack.names[0] in firsts}
         fast.inside.lone = lone if "o" in kind.split() else {}
-        fast.inside.wides = wides if "down" in kind.split() else {}
         fast.install(1.0)
         measure(model, [batch], fast.loss, parameters)  # compiles
         found[kind] = measure(model, [batch], fast.loss, parameters)
@@ -224,7 +199,7 @@ def layers(shape: str, check: Check, base: str = "bf16") -> None:
         time, count = (sum(values) / STEPS for values in zip(*seen.values(), strict=True))
         print(f"{shape}, {kind} stacked: {time:.3f} ms of kernels a step of two layers, {count:.0f} kernels; "
               f"peak {(peak_memory(CARD) - held) / 1e6:.0f} MB over what is held", flush=True)  # fmt: skip
-        if kind == "nothing" or kind.startswith("both"):
+        if kind in ("nothing", "both", "both, and o"):
             for name, (t, n) in sorted(seen.items(), key=lambda item: -item[1][0])[:24]:
                 print(f"    {t / STEPS:8.3f} ms {n / STEPS:5.1f} × {name[:150]}")
             copies = {name: t for name, (t, _) in seen.items() if "cat" in name or "copy" in name.lower()}

@@ -37,11 +37,8 @@ def in_wider_tensors(triton: Any, back: tuple[Any, ...]) -> int:
     dh, dS, g, u, Sg, Bg, Su, Bu, A, *how = back
     (dh_, g_), (u_, Sg_), (Su_,), (dS_,) = columns_of_one(dh, g), columns_of_one(u, Sg), columns_of_one(Su), columns_of_one(dS)
     assert len({t.stride(0) for t in (dh_, u_, Su_)}) == 3
-    for work in (triton.gated_by_columns, triton.gated_by_rows, triton.gated_triton, gated_reference):
-        h, S = columns_of_one(torch.zeros_like(g), torch.zeros_like(dS))
-        found = work(g_, u_, Sg_, Bg, Su_, Bu, A, *how, h=h, S=S)
-        assert found[0] is h and found[1] is S and int(h._base.isnan().sum()) == 6 * len(g)  # nothing beside them was written
-        assert all(map(torch.equal, found, work(g, u, Sg, Bg, Su, Bu, A, *how)))
+    for work in (triton.gated_by_columns, triton.gated_by_rows):
+        assert all(map(torch.equal, work(g_, u_, Sg_, Bg, Su_, Bu, A, *how), work(g, u, Sg, Bg, Su, Bu, A, *how)))
     for work in (triton.gated_backward_triton, gated_backward_reference):
         dg, du = columns_of_one(torch.zeros_like(g), torch.zeros_like(u))
         (wide,) = {t._base for t in (dg, du)}

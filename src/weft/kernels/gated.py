@@ -46,12 +46,12 @@ def _within_sigmoid(x: Tensor, gelu: bool) -> tuple[Tensor, Tensor | float]:
 
 def gated_reference(
     g: Tensor, u: Tensor, Sg: Tensor, Bg: Tensor, Su: Tensor, Bu: Tensor, A: Tensor, cg: Tensor | None = None, cu: Tensor | None = None,
-    gelu: bool = False, h: Tensor | None = None, S: Tensor | None = None,
+    gelu: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(h, S) in plain operations, each rounded once; S is of the rounded h. An h or S that is given is written into."""
+    """(h, S) in plain operations, each rounded once; S is of the rounded h."""
     gate, up = _scaled(_within(g, Sg, Bg), cg), _scaled(_within(u, Su, Bu), cu)
-    h = _into(h, (gate * torch.sigmoid(_within_sigmoid(gate, gelu)[0]) * up).to(g.dtype))
-    return h, _into(S, h @ A.T)
+    h = (gate * torch.sigmoid(_within_sigmoid(gate, gelu)[0]) * up).to(g.dtype)
+    return h, h @ A.T
 
 
 def gated_backward_reference(

@@ -1,9 +1,8 @@
 """The inside of a gated MLP (`weft.kernels.gated`) whose gate and up came of one product (`weft.kernels.stacked`).
 
-    Z = [g | u | S_g | S_u | 0]        dZ = [dg | du | dg B_g | du B_u | 0]        H = [h | S | 0]
+    Z = [g | u | S_g | S_u | 0]        dZ = [dg | du | dg B_g | du B_u | 0]
 
-It reads columns of Z and writes columns of dZ, so that x's gradient is one product of dZ as it lies. Where down takes h and S in one
-(`weft.kernels.widened`), it writes columns of H and reads columns of dH.
+It reads columns of Z and writes columns of dZ, so that x's gradient is one product of dZ as it lies.
 """
 
 from __future__ import annotations
@@ -16,7 +15,6 @@ from torch.utils.flop_counter import register_flop_formula
 
 from weft.kernels.gated import by, gated_backward_reference, gated_reference, setup
 from weft.kernels.launch import kernels, usable
-from weft.kernels.stacked import padded
 
 Six = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -50,8 +48,7 @@ def _backward(
     g, u, Sg, Su, _ = columns(Z, Bg, Bu)
     dZ = torch.empty_like(Z)
     dg, du, dSg, dSu, rest = columns(dZ, Bg, Bu)
-    dh, dS = (t if t.stride(1) == 1 else t.contiguous() for t in (dh, dS))
-    _, _, *found = work(dh, dS, g, u, Sg, Bg, Su, Bu, A, cg, cu, gelu, dg=dg, du=du)
+    _, _, *found = work(dh.contiguous(), dS.contiguous(), g, u, Sg, Bg, Su, Bu, A, cg, cu, gelu, dg=dg, du=du)
     torch.mm(dg, Bg, out=dSg)
     torch.mm(du, Bu, out=dSu)
     rest.zero_()
@@ -66,33 +63,7 @@ def _(dh, dS, Z, Bg, Bu, A, cg, cu, gelu):  # type: ignore[no-untyped-def]
 _forward.register_autograd(by(_backward), setup_context=setup)
 
 
-@torch.library.custom_op("weft::gated_stacked_widened", mutates_args=())
-def _widened(Z: Tensor, Bg: Tensor, Bu: Tensor, A: Tensor, cg: Tensor | None, cu: Tensor | None, gelu: bool) -> Tensor:
-    work = kernels("triton_gated").gated_triton if usable(Z) else gated_reference
-    g, u, Sg, Su, _ = columns(Z, Bg, Bu)
-    (width, _), rank = Bg.shape, len(A)
-    H = Z.new_empty(Z.shape[0], width + padded(rank))
-    h, S, rest = H.tensor_split((width, width + rank), 1)
-    work(g, u, Sg, Bg, Su, Bu, A, cg, cu, gelu, h, S)
-    rest.zero_()
-    return H
-
-
-@_widened.register_fake
-def _(Z, Bg, Bu, A, cg, cu, gelu):  # type: ignore[no-untyped-def]
-    return Z.new_empty(Z.shape[0], Bg.shape[0] + padded(A.shape[0]))
-
-
-def _columns_of_one(ctx: Any, dH: Tensor) -> Any:
-    rank, width = ctx.saved_tensors[3].shape
-    dh, dS, _ = dH.tensor_split((width, width + rank), 1)
-    return by(_backward)(ctx, dh, dS)
-
-
-_widened.register_autograd(_columns_of_one, setup_context=setup)
-
-
-@register_flop_formula([torch.ops.weft.gated_stacked, torch.ops.weft.gated_stacked_widened])
+@register_flop_formula(torch.ops.weft.gated_stacked)
 def _flops(Z_shape: Any, Bg_shape: Any, Bu_shape: Any, A_shape: Any, *_: Any, **__: Any) -> int:
     """As of `weft.kernels.gated`."""
     return 2 * Z_shape[0] * Bg_shape[0] * (Bg_shape[1] + Bu_shape[1] + A_shape[0])
@@ -109,11 +80,3 @@ def gated_stacked(
     """
     h, S = _forward(Z.reshape(-1, Z.shape[-1]), Bg.contiguous(), Bu.contiguous(), A.contiguous(), cg, cu, gelu)
     return h.view(*Z.shape[:-1], -1), S.view(*Z.shape[:-1], -1)
-
-
-def gated_stacked_widened(
-    Z: Tensor, Bg: Tensor, Bu: Tensor, A: Tensor, cg: Tensor | None = None, cu: Tensor | None = None, gelu: bool = False
-) -> Tensor:
-    """H = [h | S | 0] (..., width + R) of what `gated_stacked` is given, R the least multiple of 64 that S fits into."""
-    H: Tensor = _widened(Z.reshape(-1, Z.shape[-1]), Bg.contiguous(), Bu.contiguous(), A.contiguous(), cg, cu, gelu)
-    return H.view(*Z.shape[:-1], -1)

@@ -59,7 +59,7 @@ def _slopes(d, gate, up, GELU: tl.constexpr):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _gated(  # type: ignore[no-untyped-def]
-    g, u, Sg, Bg, Su, Bu, cg, cu, h, n, width, rg, ru, each, g_row, u_row, sg_row, su_row, h_row, RG: tl.constexpr, RU: tl.constexpr,
+    g, u, Sg, Bg, Su, Bu, cg, cu, h, n, width, rg, ru, each, g_row, u_row, sg_row, su_row, RG: tl.constexpr, RU: tl.constexpr,
     CG: tl.constexpr, CU: tl.constexpr, GELU: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -84,20 +84,20 @@ def _gated(  # type: ignore[no-untyped-def]
         if CU:
             up *= scale_u
         p, _ = _within_sigmoid(gate, GELU)
-        tl.store(h + (down * h_row + across), (gate * _sigmoid(p) * up).to(h.dtype.element_ty), mask=inside)
+        tl.store(h + (down * width + across), (gate * _sigmoid(p) * up).to(h.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def _gated_and_s(  # type: ignore[no-untyped-def]
-    g, u, Sg, Bg, Su, Bu, A, cg, cu, h, S, n, width, rg, ru, rd, each, g_row, u_row, sg_row, su_row, h_row, RG: tl.constexpr,
-    RU: tl.constexpr, RD: tl.constexpr, CG: tl.constexpr, CU: tl.constexpr, GELU: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    g, u, Sg, Bg, Su, Bu, A, cg, cu, h, S, n, width, rg, ru, rd, each, g_row, u_row, sg_row, su_row, RG: tl.constexpr, RU: tl.constexpr,
+    RD: tl.constexpr, CG: tl.constexpr, CU: tl.constexpr, GELU: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     first = tl.program_id(0).to(tl.int64) * ROWS
     row, column, k = tl.arange(0, ROWS), tl.arange(0, COLUMNS), tl.arange(0, RD)
     down, below = row[:, None], (first + row < n)[:, None]
     sg, su = _rows_of(Sg, first + row, n, rg, sg_row, RG), _rows_of(Su, first + row, n, ru, su_row, RU)
-    g, u, h = g + first * g_row, u + first * u_row, h + first * h_row  # offsets within a block fit into 32 bits
+    g, u, h = g + first * g_row, u + first * u_row, h + first * width  # offsets within a block fit into 32 bits
     s = tl.zeros((ROWS, RD), tl.float32)
     for start in tl.range(0, each, COLUMNS, num_stages=STAGES):
         columns = tl.program_id(1) * each + start + column
@@ -115,7 +115,7 @@ def _gated_and_s(  # type: ignore[no-untyped-def]
             up *= tl.load(cu + columns, mask=here, other=0.0)[None, :]
         p, _ = _within_sigmoid(gate, GELU)
         out = (gate * _sigmoid(p) * up).to(h.dtype.element_ty)
-        tl.store(h + (down * h_row + across), out, mask=inside)
+        tl.store(h + (down * width + across), out, mask=inside)
         s += tl.dot(out, tl.trans(a), input_precision=PRECISION)
     place = S + (tl.program_id(1).to(tl.int64) * n + first) * rd + (down * rd + k[None, :])
     tl.store(place, s, mask=below & (k < rd)[None, :])
@@ -188,50 +188,44 @@ def _exact(t: Tensor) -> str:
     return "ieee" if t.dtype == torch.float32 else "tf32"  # the latter has no say on 16-bit factors
 
 
-def _places(g: Tensor, A: Tensor, h: Tensor | None, S: Tensor | None) -> tuple[Tensor, Tensor]:
-    return g.new_empty(g.shape) if h is None else h, g.new_empty(len(g), len(A)) if S is None else S
-
-
 @on_its_card
 def gated_by_columns(
     g: Tensor, u: Tensor, Sg: Tensor, Bg: Tensor, Su: Tensor, Bu: Tensor, A: Tensor, cg: Tensor | None = None, cu: Tensor | None = None,
-    gelu: bool = False, h: Tensor | None = None, S: Tensor | None = None, rows: int = 32, columns: int = 128, warps: int = 8,
-    splits: int = 8 * SPLITS,
+    gelu: bool = False, rows: int = 32, columns: int = 128, warps: int = 8, splits: int = 8 * SPLITS,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """A program goes down its columns, whose factors stay in registers; S is a product of its own, which reads h once more."""
     n, width = g.shape
-    h, S = _places(g, A, h, S)
+    h = g.new_empty(n, width)
     each = -(-n // (splits * rows)) * rows
     grid: Any = (-(-width // columns), splits)
     _gated[grid](
-        g, u, Sg, Bg, Su, Bu, cg, cu, h, n, width, Sg.shape[1], Su.shape[1], each, *(t.stride(0) for t in (g, u, Sg, Su, h)),
+        g, u, Sg, Bg, Su, Bu, cg, cu, h, n, width, Sg.shape[1], Su.shape[1], each, *(t.stride(0) for t in (g, u, Sg, Su)),
         RG=_padded(Sg.shape[1]), RU=_padded(Su.shape[1]), CG=cg is not None, CU=cu is not None, GELU=gelu, ROWS=rows, COLUMNS=columns,
         STAGES=STAGES.get(g.dtype, 1), PRECISION=_exact(g), num_warps=warps,
     )  # fmt: skip
-    return h, torch.mm(h, A.T, out=S)
+    return h, h @ A.T
 
 
 @on_its_card
 def gated_by_rows(
     g: Tensor, u: Tensor, Sg: Tensor, Bg: Tensor, Su: Tensor, Bu: Tensor, A: Tensor, cg: Tensor | None = None, cu: Tensor | None = None,
-    gelu: bool = False, h: Tensor | None = None, S: Tensor | None = None, rows: int = 64, columns: int = 128, stages: int = 3,
-    splits: int = 1,
+    gelu: bool = False, rows: int = 64, columns: int = 128, stages: int = 3, splits: int = 1,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """A program goes along its rows, loads the factors from the second-level cache once a block, and sums S while it has h.
 
     A warp takes 16 rows, so that h is where the product with A wants it: of twice as many each pair would do the same rows.
     """
     n, width = g.shape
-    (h, S), ranks = _places(g, A, h, S), (Sg.shape[1], Su.shape[1], A.shape[0])
-    parts = g.new_empty(splits, n, ranks[2], dtype=torch.float32)
+    h, ranks = g.new_empty(n, width), (Sg.shape[1], Su.shape[1], A.shape[0])
+    S = g.new_empty(splits, n, ranks[2], dtype=torch.float32)
     each = -(-width // (splits * columns)) * columns
     grid: Any = (-(-n // rows), splits)
     _gated_and_s[grid](
-        g, u, Sg, Bg, Su, Bu, A, cg, cu, h, parts, n, width, *ranks, each, *(t.stride(0) for t in (g, u, Sg, Su, h)),
+        g, u, Sg, Bg, Su, Bu, A, cg, cu, h, S, n, width, *ranks, each, *(t.stride(0) for t in (g, u, Sg, Su)),
         RG=_padded(ranks[0]), RU=_padded(ranks[1]), RD=_padded(ranks[2]), CG=cg is not None, CU=cu is not None, GELU=gelu, ROWS=rows,
         COLUMNS=columns, STAGES=stages, PRECISION=_exact(g), num_warps=rows // 16,
     )  # fmt: skip
-    return h, S.copy_(parts.sum(0))
+    return h, S.sum(0).to(g.dtype)
 
 
 @cache
@@ -242,16 +236,16 @@ def _shared(device: torch.device) -> int:
 
 def gated_triton(
     g: Tensor, u: Tensor, Sg: Tensor, Bg: Tensor, Su: Tensor, Bu: Tensor, A: Tensor, cg: Tensor | None = None, cu: Tensor | None = None,
-    gelu: bool = False, h: Tensor | None = None, S: Tensor | None = None,
+    gelu: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """As `gated_reference`. g, u, Sg, Su, h and S may be columns of wider tensors."""
+    """As `gated_reference`. g, u, Sg and Su may be columns of wider tensors."""
     (n, width), rank = g.shape, max(Sg.shape[1], Su.shape[1], A.shape[0])
     how = next((how for most, how in SUMMED.items() if rank <= most and g.itemsize == 2), None)
     if how is None or _shared(g.device) < SHARED:
-        return gated_by_columns(g, u, Sg, Bg, Su, Bu, A, cg, cu, gelu, h, S)
+        return gated_by_columns(g, u, Sg, Bg, Su, Bu, A, cg, cu, gelu)
     rows, columns, stages, programs = (how[name] for name in ("rows", "columns", "stages", "programs"))
     splits = max(1, min(programs // -(-n // rows), -(-width // columns)))
-    return gated_by_rows(g, u, Sg, Bg, Su, Bu, A, cg, cu, gelu, h, S, rows, columns, stages, splits)
+    return gated_by_rows(g, u, Sg, Bg, Su, Bu, A, cg, cu, gelu, rows, columns, stages, splits)
 
 
 @on_its_card

@@ -4,7 +4,6 @@
     CUDA graphs             the host launches all layers at once, each way
     gated MLPs              what lies between their products is one operation each way, where all three have LoRA or DoRA
     stacked layers          q, k and v are one product each way, and so are gate and up
-    wide layers             down and its adapter are one product, where the MLP is fused and its gate and up are stacked in 16 bits or more
     lone layers             o, say, and its adapter are one operation; the norm behind the layers is one kernel
     no logits               the head and the loss are one operation, a slice of tokens at a time
     a shorter last layer    what follows attention there works on tokens that bear loss alone, where layers are not compiled

@@ -12,16 +12,14 @@ from torch.nn import functional as F
 
 from weft.core import Site, is_linear, is_sharded, modules, unmerged
 from weft.kernels.gated import gated
-from weft.kernels.gated_stacked import gated_stacked, gated_stacked_widened
+from weft.kernels.gated_stacked import gated_stacked
 from weft.kernels.keep import keep
-from weft.kernels.widened import widened
 from weft.methods.dora import DecomposedLinear
 from weft.methods.lora_linear import LowRank
 
 Way = Callable[[Any, Tensor], Tensor]
 MAPS = ("gate_proj", "up_proj", "down_proj")
 STACK = "weft_stack"  # where a module has its `weft.step.stacked.Stack`, past its parameters and submodules
-WIDE = "weft_wide"  # where an MLP has its `weft.step.wide.Wide`
 WIDEST = 64  # rank: the factors of a block of columns and the sums of their gradients stay in registers
 
 
@@ -89,10 +87,7 @@ def _forward(self: Any, x: Tensor, gelu: bool) -> Tensor:
     stack = getattr(self, STACK, None)
     if stack is not None and stack.on:
         (_, Bg, cg), (_, Bu, cu), (Ad, Bd, cd) = (factors(self._modules[name], x.dtype) for name in MAPS)
-        Z, wide = stack.product(x), getattr(self, WIDE, None)
-        if wide is not None and wide.on:
-            return finished(self.down_proj, cd, widened(gated_stacked_widened(Z, Bg, Bu, Ad, cg, cu, gelu), wide.W, Bd))
-        h, S = gated_stacked(Z, Bg, Bu, Ad, cg, cu, gelu)
+        h, S = gated_stacked(stack.product(x), Bg, Bu, Ad, cg, cu, gelu)
     else:
         g, u = self.gate_proj.frozen(x), self.up_proj.frozen(x)
         (Ag, Bg, cg), (Au, Bu, cu), (Ad, Bd, cd) = (factors(self._modules[name], g.dtype) for name in MAPS)

@@ -25,7 +25,7 @@ from torch.autograd.function import once_differentiable
 
 from weft.core import Mixture, Site, Slot, WeftError
 from weft.step.capture import Card, Graphs, Unfit
-from weft.step.gated import STACK, WIDE
+from weft.step.gated import STACK
 from weft.step.given import each, kind, like, static, tensors, whole
 
 if TYPE_CHECKING:
@@ -214,7 +214,7 @@ class Chain:
             [m.training for m in self.modules],
             [_known(plan) for plan in plans],
             [vars(adapter).get("scale") for plan in plans if plan is not None for adapter in getattr(plan, "adapters", (plan,))],
-            [vars(m)[name].on for m in self.modules for name in (STACK, WIDE) if name in vars(m)],
+            [vars(m)[STACK].on for m in self.modules if STACK in vars(m)],
             [(t.data_ptr(), t.requires_grad) for t in self.held],
             [t._version for t in self.held if isinstance(t, nn.Parameter) and not t.requires_grad and not t.is_inference()],
         )

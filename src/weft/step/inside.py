@@ -3,14 +3,14 @@ norm behind them all."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
 from torch import nn
 
-from weft.step import alone, closing, gated, stacked, wide
-from weft.step.stackable import stacks, wides
+from weft.step import alone, closing, gated, stacked
+from weft.step.stackable import stacks
 
 
 @dataclass
@@ -18,7 +18,6 @@ class Inside:
     mlps: dict[nn.Module, gated.Way] = field(default_factory=dict)  # gated ones whose inside is one operation, and by what
     stacks: dict[nn.Module, stacked.Stack] = field(default_factory=dict)  # modules of whose layers some are one product
     lone: dict[nn.Module, str] = field(default_factory=dict)  # layers in none of them that are one operation, and their names
-    wides: dict[nn.Module, wide.Wide] = field(default_factory=dict)  # MLPs, fused and stacked, whose down is one product with its adapter
     norm: nn.Module | None = None  # behind the last layer, as one kernel
 
     @classmethod
@@ -27,41 +26,31 @@ class Inside:
         mlps = gated.gated_mlps(model) if kernels else {}
         groups = stacks(model, mlps, narrow)
         taken = [layer for s in groups.values() for layer in s.layers] + [m for mlp in mlps for m in mlp.children()]
-        norm = closing.closing(model, list(layers)) if kernels else None
-        return cls(mlps, groups, alone.lone(layers, taken), wides(model, mlps, groups), norm)
+        return cls(mlps, groups, alone.lone(layers, taken), closing.closing(model, list(layers)) if kernels else None)
 
     def install(self) -> None:
         self.stacks = {m: stack for m, stack in self.stacks.items() if stack.able()}  # a layer too far off in fp8 leaves its group alone
         gated.install(self.mlps)
         stacked.install(self.stacks, self.mlps)
         alone.install(self.lone)
-        wide.install(self.wides)
         closing.install(self.norm)
 
     def uninstall(self) -> None:
         closing.uninstall(self.norm)
-        wide.uninstall(self.wides)
         alone.uninstall(self.lone)
         stacked.uninstall(self.stacks)
         gated.uninstall(self.mlps)
 
-    def drop(self) -> None:
-        """Let go of weights, where the modules will not be called again."""
-        for one in (*self.stacks.values(), *self.wides.values()):
-            one.drop()
-
-    @contextmanager
-    def working(self) -> Iterator[None]:
+    def working(self) -> AbstractContextManager[None]:
         """Around every forward pass."""
-        with stacked.working(self.stacks), wide.working(self.wides):
-            yield
+        return stacked.working(self.stacks)
 
     def give_up(self) -> str:
         """Leave out what is the most daring of it, once it is uninstalled; says so, or nothing if nothing is left."""
         if self.stacks or self.lone:
             what = (f"{stacked.named(self.stacks)} are not stacked", f"{alone.named(self.lone)} are not one operation each")
             text = " and ".join(words for words, there in zip(what, (self.stacks, self.lone), strict=True) if there)
-            self.stacks, self.lone, self.wides = {}, {}, {}
+            self.stacks, self.lone = {}, {}
         elif self.mlps:
             text, self.mlps = "gated MLPs are not fused", {}
         elif self.norm is not None:
@@ -73,7 +62,6 @@ class Inside:
     def describe(self) -> list[str]:
         parts = [f"{len(self.mlps)} gated MLPs fused"] if self.mlps else []
         parts += [f"{stacked.named(self.stacks)} stacked"] if self.stacks else []
-        parts += [f"down of {len(self.wides)} layers one product each"] if self.wides else []
         return parts + ([f"{alone.named(self.lone)} one operation each"] if self.lone else [])
 
     def copied(self, twins: Mapping[nn.Module, nn.Module]) -> Inside:
@@ -82,5 +70,4 @@ class Inside:
             {twins[m]: way for m, way in self.mlps.items() if m in twins},
             {twins[m]: stacked.Stack(s.names, [twins[one] for one in s.layers]) for m, s in self.stacks.items() if m in twins},
             {twins[m]: name for m, name in self.lone.items() if m in twins},
-            {twins[m]: wide.Wide(twins[w.layer]) for m, w in self.wides.items() if m in twins},
         )

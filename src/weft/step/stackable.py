@@ -16,7 +16,6 @@ from weft.step.check import recomputes
 from weft.step.gated import touched, usual
 from weft.step.loss import tried
 from weft.step.stacked import Stack
-from weft.step.wide import Wide
 
 logger = logging.getLogger("weft")
 GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -29,7 +28,8 @@ def stacks(model: nn.Module, mlps: Container[nn.Module], narrow: Collection[nn.M
     """
     if recomputes(model):
         return {}  # what the model computes again it computes in the backward pass, when `working` is over and layers are by themselves
-    narrow, owners = set(narrow), _owners(model)
+    narrow = set(narrow)
+    owners = Counter(id(p) for _, m in modules(model) for p in m._parameters.values())
     found: dict[nn.Module, Stack] = {}
     for _, m in modules(model):
         for names in GROUPS:
@@ -38,18 +38,6 @@ def stacks(model: nn.Module, mlps: Container[nn.Module], narrow: Collection[nn.M
                 found[m] = Stack(names, layers)
     alike = _same_input(model, found) if found else set()
     return {m: stack for m, stack in found.items() if m in alike}
-
-
-def wides(model: nn.Module, mlps: Container[nn.Module], stacks: dict[nn.Module, Stack]) -> dict[nn.Module, Wide]:
-    """The fused MLPs of stacked layers whose down can be one product with its adapter (`weft.step.wide`)."""
-    owners = _owners(model)
-    downs = {m: cast(Any, m._modules["down_proj"]) for m, stack in stacks.items() if m in mlps and not stack.fp8}
-    return {m: Wide(down) for m, down in downs.items() if plain(down, ()) and owners[id(down.weight)] == 1}
-
-
-def _owners(model: nn.Module) -> Counter[int]:
-    """How many modules have a parameter, by its id."""
-    return Counter(id(p) for _, m in modules(model) for p in m._parameters.values())
 
 
 def _same_input(model: nn.Module, stacks: dict[nn.Module, Stack]) -> set[nn.Module]:

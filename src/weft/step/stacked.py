@@ -9,7 +9,7 @@ stand-in for itself, whose q, k and v hand out what one product made; the model'
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from contextlib import contextmanager
 from types import MethodType
 from typing import Any, cast
@@ -52,7 +52,7 @@ class Stack:
             self.rows = self.W.new_empty(self.rank, self.W.shape[1], dtype=self.layers[0].dtype)
         elif added:
             self.W = self._gather("weight", self.rank, self.rank)
-            self.handles = [layer.register_state_dict_post_hook(in_one_piece) for layer in self.layers]
+            self.handles = [layer.register_state_dict_post_hook(_in_one_piece) for layer in self.layers]
             return
         else:
             self.W = self._gather("weight", self.rank)
@@ -145,7 +145,7 @@ class Stack:
         return [EIGHT] * (pieces - 1) + [self.rank - EIGHT * (pieces - 1)]
 
 
-def in_one_piece(layer: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
+def _in_one_piece(layer: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
     """What saves a model takes weights for contiguous."""
     state[f"{prefix}weight"] = state[f"{prefix}weight"].contiguous()
 
@@ -192,7 +192,7 @@ def install(stacks: Mapping[nn.Module, Stack], mlps: Container[nn.Module]) -> No
         stack.install(module not in mlps)
         if module not in mlps:
             module.forward = MethodType(_forward, module)  # one function for all of a kind, so that all layers share one compiled graph
-    tidy(stack.layers[0] for stack in stacks.values())
+    _tidy(stacks)
 
 
 def uninstall(stacks: Mapping[nn.Module, Stack]) -> None:
@@ -201,12 +201,12 @@ def uninstall(stacks: Mapping[nn.Module, Stack]) -> None:
         del vars(module)[STACK]
         vars(module).pop("forward", None)
         stack.uninstall()
-    tidy(stack.layers[0] for stack in installed.values())
+    _tidy(installed)
 
 
-def tidy(layers: Iterable[Any]) -> None:
-    """What their weights lay in before is of sizes that nothing else has."""
-    if any(layer.weight.is_cuda for layer in layers):
+def _tidy(stacks: Mapping[nn.Module, Stack]) -> None:
+    """What the weights lay in before is of sizes that nothing else has."""
+    if any(stack.layers[0].weight.is_cuda for stack in stacks.values()):
         torch.cuda.empty_cache()
 
 

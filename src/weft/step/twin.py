@@ -72,7 +72,8 @@ class Ahead(Thread):
     def end(self) -> bool:
         """Wait for it. Whether there is a graph."""
         self.join()
-        self.inside.drop()
+        for stack in self.inside.stacks.values():
+            stack.drop()
         del self.region, self.args, self.kwargs, self.inside
         return self.done
 
