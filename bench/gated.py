@@ -196,16 +196,8 @@ def forward(budget: float) -> list[dict[str, Any]]:
     return rows
 
 
-# The backward kernels: (by, rows, columns, stages, pair, wide), the likeliest first.
-BACK: list[tuple[str, int, int, int, bool, bool]] = [
-    ("rows", 64, 64, 2, True, False), ("columns", 64, 64, 2, True, False), ("rows", 64, 64, 3, False, False),
-    ("columns", 64, 64, 3, False, False), ("rows", 128, 64, 3, False, False), ("rows", 128, 64, 2, True, False),
-    *((by, rows, columns, stages, pair, False) for rows, columns in ((64, 64), (64, 32), (128, 32), (128, 64)) for stages in (2, 3)
-      for by, pair in itertools.product(("rows", "columns"), (True, False))),
-    *((by, 64, 64, 2, pair, True) for by in ("rows", "columns") for pair in (True, False)),
-    *(("rows", rows, columns, 4, False, False) for rows, columns in ((64, 64), (64, 32), (128, 32))),
-]  # fmt: skip
-SPLITS = {"rows": (1, 2, 3, 4, 8), "columns": (1, 2, 4, 8, 16)}
+# Blocks and stages of the backward kernel that gives dS itself, the likeliest first.
+BACK = [(rows, columns, stages) for rows, columns in ((128, 64), (64, 64), (128, 32), (64, 32)) for stages in (3, 2)] + [(64, 64, 4)]
 
 
 def to_come_back(given: tuple[Any, ...]) -> tuple[tuple[Any, ...], dict[str, torch.Tensor]]:
@@ -217,57 +209,50 @@ def to_come_back(given: tuple[Any, ...]) -> tuple[tuple[Any, ...], dict[str, tor
 
 
 def backward(budget: float) -> list[dict[str, Any]]:
-    """All gradients at once over kernels, blocks, stages and splits, with DoRA those that were best with LoRA; it ends in time."""
+    """All gradients at once over blocks, stages and splits, beside the kernel that leaves dS to two products; it ends in time."""
     began, copy, rows = time.perf_counter(), copy_rate(), []
     print(f"a copy moves {copy:.2f} TB/s", flush=True)
-    for share, rank in zip((0.65, 1.0), RANKS, strict=True):
-        best: list[dict[str, Any]] = []
 
-        def left() -> bool:
-            return time.perf_counter() - began < share * budget
+    def left() -> bool:
+        return time.perf_counter() - began < budget
 
-        for dora in (False, True):
-            names = "by", "rows", "columns", "stages", "pair", "wide"
-            hows = [dict(zip(names, values, strict=True)) for values in dict.fromkeys(BACK)]
-            hows = [how for how in hows if how in best] if dora else hows
-            small = made(528, 1040, rank, dora)  # as in `tune`
-            exact = tuple(t.double() if torch.is_tensor(t) else t for t in small)
-            want = [t for t in gated_backward_reference(*exact) if t.numel()]
-            want += [want[0] @ exact[5], want[1] @ exact[7]]
-            given, start = to_come_back(small)[0], time.perf_counter()
-            gated_backward_triton(*given)  # what Triton sets up once is there before threads come
-            with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-                fits = list(pool.map(lambda how: left() and agrees(gated_backward_and_s, given, tuple(want), how), hows))
-            able = [how for how, fit in zip(hows, fits, strict=True) if fit]
-            method = "DoRA" if dora else "LoRA"
-            print(f"rank {rank}, {method}: {len(able)} of {len(hows)}, {time.perf_counter() - start:.0f} s", flush=True)
-            for shape in ("8B", "1B"):
-                full, places = to_come_back(made(TOKENS, WIDTHS[shape], rank, dora))
-                (dg, du, dSg, dSu), Bg, Bu = places.values(), full[5], full[7]
+    for rank in RANKS:
+        hows = [dict(zip(("rows", "columns", "stages"), values, strict=True)) for values in BACK]
+        small = made(528, 1040, rank)  # as in `tune`
+        exact = tuple(t.double() if torch.is_tensor(t) else t for t in small)
+        want = gated_backward_reference(*exact)[:5]
+        want = (*want, want[0] @ exact[5], want[1] @ exact[7])
+        (*given, _, _, _), start = to_come_back(small)[0], time.perf_counter()  # no c, and SiLU
+        gated_backward_triton(*given)  # what Triton sets up once is there before threads come
+        with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+            fits = list(pool.map(lambda how: left() and agrees(gated_backward_and_s, tuple(given), want, how), hows))
+        able = [how for how, fit in zip(hows, fits, strict=True) if fit]
+        print(f"rank {rank}: {len(able)} of {len(hows)}, {time.perf_counter() - start:.0f} s", flush=True)
+        for shape in ("8B", "1B"):
+            (*full, _, _, _), places = to_come_back(made(TOKENS, WIDTHS[shape], rank))
+            (dg, du, dSg, dSu), Bg, Bu = places.values(), full[5], full[7]
 
-                def products() -> None:
-                    torch.mm(dg, Bg, out=dSg)
-                    torch.mm(du, Bu, out=dSu)
+            def products() -> None:
+                torch.mm(dg, Bg, out=dSg)
+                torch.mm(du, Bu, out=dSu)
 
-                def today() -> None:
-                    gated_backward_triton(*full, dg=dg, du=du)
-                    products()
+            def apart() -> None:
+                gated_backward_triton(*full, dg=dg, du=du)
+                products()
 
-                def once(how: dict[str, Any]) -> Callable[[], Any]:
-                    return lambda: gated_backward_and_s(*full, **places, **how)
+            def once(how: dict[str, Any]) -> Callable[[], Any]:
+                return lambda: gated_backward_and_s(*full, **places, **how)
 
-                split = [how | {"splits": splits} for how in able for splits in SPLITS[how["by"]]]
-                tried = sorted(((milliseconds(once(how), 3, 4), how) for how in split if left()), key=lambda t: t[0])
-                own, thin = milliseconds(today), milliseconds(products)
-                again = [(milliseconds(once(how)), how) for _, how in tried[:8]]  # the luckiest of many need not be the best
-                again.sort(key=lambda t: t[0])
-                best += [{name: how[name] for name in names} for _, how in again[:4]]
-                row: dict[str, Any] = {"shape": shape, "rank": rank, "method": method, "today_ms": own, "of_it_the_products_ms": thin}
-                rows.append(row | {"copy_TB/s": copy, "tried": len(tried), "best": again})
-                print(f"{shape}, rank {rank}, {method}: today {own:.4f} ms, of it the products {thin:.4f}; {len(tried)} tried", flush=True)
-                for ms, how in again[:6]:
-                    rate = 5 * full[0].nbytes / ms / 1e9 / copy
-                    print(f"  {ms:.4f} ms, {own - ms:+.4f} less, {rate:.2f} of a copy's rate: {how}", flush=True)
+            split = [how | {"splits": splits} for how in able for splits in (1, 2, 3, 4, 8)]
+            tried = sorted(((milliseconds(once(how), 3, 4), how) for how in split if left()), key=lambda t: t[0])
+            own, thin = milliseconds(apart), milliseconds(products)
+            again = sorted(((milliseconds(once(how)), how) for _, how in tried[:8]), key=lambda t: t[0])  # luck does not come twice
+            row: dict[str, Any] = {"shape": shape, "rank": rank, "apart_ms": own, "of_it_the_products_ms": thin}
+            rows.append(row | {"copy_TB/s": copy, "tried": len(tried), "best": again})
+            print(f"{shape}, rank {rank}: apart {own:.4f} ms, of it the products {thin:.4f}; {len(tried)} tried", flush=True)
+            for ms, how in again[:6]:
+                rate = 5 * full[0].nbytes / ms / 1e9 / copy
+                print(f"  {ms:.4f} ms, {own - ms:+.4f} less, {rate:.2f} of a copy's rate: {how}", flush=True)
     return rows
 
 

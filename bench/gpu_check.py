@@ -217,27 +217,28 @@ def gated_mlp() -> None:
         given = [torch.randn(s, device=DEVICE, dtype=torch.float64) / (4 if i > 3 else 1) for i, s in enumerate(shapes)]
         for dtype, bound in bounds.items():
             dh, dS, g, u, Sg, Bg, Su, Bu, A = (t.to(dtype) for t in given)
-            c = [None, 1 + torch.rand(width, device=DEVICE)]  # LoRA on gate, DoRA on up
-            leaves = [t.requires_grad_() for t in (g, u, Sg, Bg, Su, Bu, A, c[1])]
-            gelu = n % 2 == 0
-            h, S = gated(*leaves[:7], *c, gelu=gelu)
-            got = torch.autograd.grad((h, S), leaves, (dh, dS))
-            wide = [t.detach().double() for t in leaves]
-            exact = gated_reference(*wide[:7], None, wide[7], gelu)
-            dg, du, dBg, dBu, dA, _, dc = gated_backward_reference(dh.double(), dS.double(), *wide[:7], None, wide[7], gelu)
-            want = (dg, du, dg @ wide[3], dBg, du @ wide[5], dBu, dA, dc)
-            worst = max(map(distance, (h, S, *got), (*exact, *want)))
-            check(f"gated MLP {n}×{width}, ranks {ranks}, {dtype}: worst of h, S and 8 gradients", worst, bound)
-            wider = [torch.cat((t, torch.full_like(t[:, :5], torch.nan)), 1)[:, : t.shape[1]] for t in (dh, dS, g, u, Sg, Su)]
-            dh_, dS_, g_, u_, Sg_, Su_ = (t.detach() for t in wider)
-            room = torch.full((n, 2 * width + 16), torch.nan, device=DEVICE, dtype=dtype)
-            dg_, du_ = room[:, 8 : width + 8], room[:, width + 8 : 2 * width + 8]
-            work, factors = kernels("triton_gated"), (Sg_, Bg.detach(), Su_, Bu.detach())
-            back = work.gated_backward_triton(dh_, dS_, g_, u_, *factors, A.detach(), None, wide[7].float(), gelu, dg=dg_, du=du_)
-            found = (*work.gated_triton(g_, u_, *factors, A.detach(), None, wide[7].float(), gelu), *back[:5], back[6])
-            worst = max(map(distance, found, (*exact, dg, du, dBg, dBu, dA, dc)))
-            check(f"gated MLP {n}×{width}, ranks {ranks}, {dtype}: in columns of wider tensors", worst, bound)
-            check("  what lies beside them is left alone", abs(int(room.isnan().sum()) - 16 * n), 0)
+            for dora in (True, False):
+                c = [1 + torch.rand(width, device=DEVICE)] if dora else []  # LoRA on gate, DoRA on up
+                leaves = [t.detach().requires_grad_() for t in (g, u, Sg, Bg, Su, Bu, A, *c)]
+                what, gelu = f"gated MLP {n}×{width}, ranks {ranks}, {dtype}{', DoRA' if dora else ''}", n % 2 == 0
+                h, S = gated(*leaves[:7], None, *leaves[7:], gelu=gelu)
+                got = torch.autograd.grad((h, S), leaves, (dh, dS))
+                wide = [t.detach().double() for t in leaves]
+                exact = gated_reference(*wide[:7], None, *wide[7:], gelu=gelu)
+                dg, du, dBg, dBu, dA, _, dc = gated_backward_reference(dh.double(), dS.double(), *wide[:7], None, *wide[7:], gelu=gelu)
+                dSg, dSu = dg @ wide[3], du @ wide[5]
+                worst = max(map(distance, (h, S, *got), (*exact, dg, du, dSg, dBg, dSu, dBu, dA, *[dc] * dora)))
+                check(f"{what}: worst of h, S and the gradients", worst, bound)
+                wider = [torch.cat((t, torch.full_like(t[:, :5], torch.nan)), 1)[:, : t.shape[1]] for t in (dh, dS, g, u, Sg, Su)]
+                dh_, dS_, g_, u_, Sg_, Su_ = (t.detach() for t in wider)
+                room = torch.full((n, 2 * width + rg + ru + 16), torch.nan, device=DEVICE, dtype=dtype)
+                *into, _ = room[:, 8:].split((width, width, rg, ru, 8), 1)
+                factors = (Sg_, Bg.detach(), Su_, Bu.detach(), A.detach(), None, *([wide[7].float()] if dora else [None]), gelu)
+                back = kernels("triton_gated_back").gated_backward_and_s_triton(dh_, dS_, g_, u_, *factors, *into)
+                found = (*kernels("triton_gated").gated_triton(g_, u_, *factors), *back[:5], *back[7:], *[back[6]] * dora)
+                worst = max(map(distance, found, (*exact, dg, du, dBg, dBu, dA, dSg, dSu, *[dc] * dora)))
+                check(f"{what}: in columns of wider tensors", worst, bound)
+                check("  what lies beside them is left alone", abs(int(room.isnan().sum()) - 16 * n), 0)
 
 
 def fused_loss() -> None:

@@ -73,6 +73,16 @@ def gated_backward_reference(
     return dg, du, dBg.to(Bg.dtype), dBu.to(Bu.dtype), dA.to(A.dtype), dcg, dcu
 
 
+def gated_backward_and_s_reference(
+    dh: Tensor, dS: Tensor, g: Tensor, u: Tensor, Sg: Tensor, Bg: Tensor, Su: Tensor, Bu: Tensor, A: Tensor, cg: Tensor | None = None,
+    cu: Tensor | None = None, gelu: bool = False, dg: Tensor | None = None, du: Tensor | None = None, dSg: Tensor | None = None,
+    dSu: Tensor | None = None,
+) -> Nine:  # fmt: skip
+    """The same, and the gradients of S_g and S_u behind it, of the rounded dg and du; given ones are written into."""
+    found = gated_backward_reference(dh, dS, g, u, Sg, Bg, Su, Bu, A, cg, cu, gelu, dg, du)
+    return *found, torch.mm(found[0], Bg, out=dSg), torch.mm(found[1], Bu, out=dSu)
+
+
 @torch.library.custom_op("weft::gated", mutates_args=())
 def _forward(
     g: Tensor, u: Tensor, Sg: Tensor, Bg: Tensor, Su: Tensor, Bu: Tensor, A: Tensor, cg: Tensor | None, cu: Tensor | None, gelu: bool
@@ -92,9 +102,9 @@ def _backward(
     dh: Tensor, dS: Tensor, g: Tensor, u: Tensor, Sg: Tensor, Bg: Tensor, Su: Tensor, Bu: Tensor, A: Tensor, cg: Tensor | None,
     cu: Tensor | None, gelu: bool,
 ) -> Nine:  # fmt: skip
-    work = kernels("triton_gated").gated_backward_triton if usable(g) else gated_backward_reference
-    dg, du, dBg, dBu, dA, dcg, dcu = work(dh.contiguous(), dS.contiguous(), g, u, Sg, Bg, Su, Bu, A, cg, cu, gelu)
-    return dg, du, dg @ Bg, dBg, du @ Bu, dBu, dA, dcg, dcu
+    work = kernels("triton_gated_back").gated_backward_and_s_triton if usable(g) else gated_backward_and_s_reference
+    dg, du, dBg, dBu, dA, dcg, dcu, dSg, dSu = work(dh.contiguous(), dS.contiguous(), g, u, Sg, Bg, Su, Bu, A, cg, cu, gelu)
+    return dg, du, dSg, dBg, dSu, dBu, dA, dcg, dcu
 
 
 @_backward.register_fake

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from weft.kernels.gated import by, gated_backward_reference, gated_reference, setup
+from weft.kernels.gated import by, gated_backward_and_s_reference, gated_reference, setup
 from weft.kernels.launch import kernels, usable
 
 Six = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -44,15 +44,13 @@ def _(Z, Bg, Bu, A, cg, cu, gelu):  # type: ignore[no-untyped-def]
 def _backward(
     dh: Tensor, dS: Tensor, Z: Tensor, Bg: Tensor, Bu: Tensor, A: Tensor, cg: Tensor | None, cu: Tensor | None, gelu: bool
 ) -> Six:  # fmt: skip
-    work = kernels("triton_gated").gated_backward_triton if usable(Z) else gated_backward_reference
+    work = kernels("triton_gated_back").gated_backward_and_s_triton if usable(Z) else gated_backward_and_s_reference
     g, u, Sg, Su, _ = columns(Z, Bg, Bu)
     dZ = torch.empty_like(Z)
     dg, du, dSg, dSu, rest = columns(dZ, Bg, Bu)
-    _, _, *found = work(dh.contiguous(), dS.contiguous(), g, u, Sg, Bg, Su, Bu, A, cg, cu, gelu, dg=dg, du=du)
-    torch.mm(dg, Bg, out=dSg)
-    torch.mm(du, Bu, out=dSu)
+    found = work(dh.contiguous(), dS.contiguous(), g, u, Sg, Bg, Su, Bu, A, cg, cu, gelu, dg, du, dSg, dSu)
     rest.zero_()
-    return dZ, *found
+    return dZ, *found[2:7]
 
 
 @_backward.register_fake
