@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 
@@ -24,7 +26,6 @@ def test_the_operation_and_its_gradients(shape, out, rank, across):
     dy = torch.randn(*shape[:-1], out, shape[-1]).double().mT if across else torch.randn_like(want)  # as whatever comes behind gives it
     for name, a, b in zip("xAD", *(torch.autograd.grad(z, leaves, dy) for z in (y, want)), strict=True):
         torch.testing.assert_close(a, b, msg=name)
-    torch.library.opcheck(torch.ops.weft.low_rank_linear, (x.detach().view(-1, 11).requires_grad_(), W, A, D))
 
 
 def found_in(model, taken=()):
@@ -81,6 +82,21 @@ def test_which_are_taken():
     assert {*found_in(model).values()} == {"o_proj"}
     model, _ = model_of(base="nf4")
     assert not found_in(model)
+
+
+@quiet
+def test_with_little_memory_no_product_is_made_again_that_nobody_needs(monkeypatch):
+    """Of a layer that is computed again S is kept: of down, whose output nobody wants twice, only the backward product is left."""
+    module, made = importlib.import_module("weft.kernels.low_rank_linear"), []
+    right = module._sum
+    monkeypatch.setattr(module, "_sum", lambda S, D, x, W: made.append(tuple(W.shape)) or right(S, D, x, W))
+    model, parameters = model_of(extra=dict(intermediate_size=112))
+    batch = pad(rows([9, 4, 7]))
+    fast = prepare(model, batch, parameters, compile=True, memory=0.1, self_check=False)
+    made.clear()
+    fast.loss(batch).backward()
+    assert made.count((112, 32)) == made.count((32, 112)) == 2, made  # down of two layers, forward and back
+    fast.close()
 
 
 @quiet
