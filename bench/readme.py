@@ -177,6 +177,9 @@ BLOCKS: dict[str, tuple[str, str, Callable[[dict[str, Any]], str]]] = {
     "step_gpu": ("bench/results/step_gpu.json", "python bench/step.py --device cuda", step),
     "train": ("bench/results/train.json", "python bench/train.py", pictured),
     "together": ("bench/results/together_1B_gpu.json", "python bench/together.py --device cuda --shape 1B", together),
+    "together_few": (
+        "bench/results/together_1B_256_gpu.json", "python bench/together.py --device cuda --shape 1B --tokens 256", together
+    ),
     "few_tokens": ("bench/results/few_tokens.json", "python bench/few_tokens.py", few_tokens),
     "load": ("bench/results/load_quantised_gpu.json", "python bench/load_quantised.py --device cuda --name load_quantised_gpu", load),
     "demo": ("src/weft/cli/demo_sweep.json", "python bench/demo_sweep.py", demo),
