@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 import weft
 from tests.step.test_loss import build, rows
@@ -49,8 +52,20 @@ def test_numbers_and_evaluation(dtype):
     with torch.no_grad():
         assert torch.equal(model(ids).logits, logits)
     assert norm(leaf.double()).dtype == torch.float64  # of another type than its weight: as it is
+    torch.testing.assert_close(norm(hidden_states=x), y, rtol=bound, atol=bound)
     closing.uninstall(norm)
     assert "forward" not in vars(norm)
+
+
+def test_one_of_which_a_process_has_a_part_is_left_alone():
+    """FSDP2 makes it whole only within the model's own forward."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        model = build("Llama", {}).requires_grad_(False)
+        fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+        assert closing.closing(model, list(model.model.layers)) is None
+    finally:
+        dist.destroy_process_group()
 
 
 @quiet

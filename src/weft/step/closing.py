@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from weft.core import is_sharded
 from weft.step.gated import touched
 
 NEAR = {torch.float32: 1e-5, torch.bfloat16: 2**-6, torch.float16: 2**-9}  # by how much two roundings may lie apart, of a number
@@ -30,6 +31,8 @@ def _able(m: Any) -> bool:
     weight = getattr(m, "weight", None)
     if not isinstance(weight, nn.Parameter) or weight.ndim != 1 or weight.dtype not in NEAR or weight.requires_grad or touched(m):
         return False
+    if is_sharded(weight):  # whole only within the model's own forward
+        return False
     if next(m.children(), None) is not None or len(list(m.parameters())) != 1 or not isinstance(_eps(m), float):
         return False
     x = torch.linspace(-3, 5, 4 * len(weight), device=weight.device).view(4, -1).to(weight.dtype)
@@ -46,10 +49,11 @@ def _norm(m: Any, x: Tensor) -> Tensor:
     return F.rms_norm(x, m.weight.shape, m.weight, _eps(m))
 
 
-def _forward(self: Any, x: Tensor) -> Tensor:
+def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     """In training; evaluation goes by its own."""
-    plain = not torch.is_grad_enabled() or x.dtype != self.weight.dtype or self.weight.requires_grad
-    return type(self).forward(self, x) if plain else _norm(self, x)  # type: ignore[no-any-return]
+    if not torch.is_grad_enabled() or kwargs or len(args) != 1 or args[0].dtype != self.weight.dtype or self.weight.requires_grad:
+        return type(self).forward(self, *args, **kwargs)
+    return _norm(self, args[0])
 
 
 def install(norm: nn.Module | None) -> None:
