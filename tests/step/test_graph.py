@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -276,14 +277,22 @@ def test_gradients_that_are_set_to_none(when):
     same([parameters[0].grad - 1, parameters[1].grad], [want[0], 2 * want[1]])
 
 
-def test_whoever_waits_for_gradients_is_called_once_they_are_there():
+@pytest.mark.parametrize("large", [capture_module.LARGE, 0])
+def test_whoever_waits_for_gradients_is_called_once_they_are_there(monkeypatch, large):
+    """And not within a capture, whose work every replay does again."""
+    monkeypatch.setattr(capture_module, "LARGE", large)
     model = adapted()
     parameters = list(weft.adapters.trainable(model, "default").values())
     chain = started(model, BATCH)
     (made,) = chain.graphs.values()
     calls, seen = made.calls[1], []
+
+    def take(i, p):
+        seen.append((i, p.grad.clone()))
+        p.grad.zero_()
+
     for i, p in enumerate(parameters):
-        p.register_post_accumulate_grad_hook(lambda p, i=i: (seen.append((i, p.grad.clone())), p.grad.zero_()))
+        p.register_post_accumulate_grad_hook(partial(take, i))
         p.grad.zero_()
     want = torch.autograd.grad(plainly(model), parameters)
     for _ in range(2):

@@ -51,9 +51,11 @@ def add_gradients(out: Tensor, grad: Tensor, x: Tensor, trained: Sequence[Tensor
     """Add to the gradients of `trained`, which are there, what the gradient of out makes of them; the gradient of x.
 
     Small ones all at once: eight adapters of 112 layers had 1792 launches of 2.4 microseconds to add theirs one by one. Large ones, as
-    those of whole weights are, one by one as they come, so that they are not there all at once.
+    those of whole weights are, one by one as they come, so that they are not there all at once; but not where hooks wait for them: the
+    engine would call those within the capture, and `weft.step.graph` calls them after each replay.
     """
-    if sum(t.numel() for t in trained) > LARGE * len(trained):
+    heard = any(t._post_accumulate_grad_hooks for t in trained)  # type: ignore[attr-defined]
+    if not heard and sum(t.numel() for t in trained) > LARGE * len(trained):
         torch.autograd.backward(out, grad)
         dx, x.grad = x.grad, None
         return dx
