@@ -15,7 +15,7 @@ from weft.kernels.low_rank_linear import low_rank_linear, low_rank_linear_refere
 from weft.step import alone, loss_sum, prepare
 
 
-@pytest.mark.parametrize(("shape", "out", "rank"), [((5,), 7, 1), ((2, 3), 19, 8), ((1, 1), 1, 5)])
+@pytest.mark.parametrize(("shape", "out", "rank"), [((5,), 7, 1), ((2, 3), 19, 8), ((1, 1), 1, 5), ((0,), 7, 2)])
 @pytest.mark.parametrize("across", [False, True])
 def test_the_operation_and_its_gradients(shape, out, rank, across):
     torch.manual_seed(1)

@@ -46,7 +46,7 @@ def model_of(kind="Llama", method=None, dtype=torch.float32, extra=None, base=No
     return model, parameters
 
 
-SHAPES = [((5,), (7,), (1,)), ((2, 3), (4, 9, 6), (3, 8, 2)), ((1, 1), (4, 9), (0, 5)), ((2, 3), (11, 1), (70, 3))]
+SHAPES = [((5,), (7,), (1,)), ((2, 3), (4, 9, 6), (3, 8, 2)), ((1, 1), (4, 9), (0, 5)), ((2, 3), (11, 1), (70, 3)), ((0,), (4,), (2,))]
 
 
 @pytest.mark.parametrize(("shape", "outs", "ranks"), SHAPES)

@@ -99,4 +99,4 @@ def fp8_stacked(x: Tensor, W: Tensor, scale: Tensor, rows: Tensor, A: Sequence[T
     """
     flat = x.reshape(-1, x.shape[-1])
     Z: Tensor = _forward(flat, *quantise_rows(flat.detach()), W, scale, rows, A, D)
-    return Z.view(*x.shape[:-1], -1)
+    return Z.view(*x.shape[:-1], Z.shape[-1])

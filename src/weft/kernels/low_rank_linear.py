@@ -73,4 +73,4 @@ def low_rank_linear(x: Tensor, W: Tensor, A: Tensor, D: Tensor) -> Tensor:
         x: (..., in). W: (out, in). A: (R, in). D: (out, R). All of one dtype.
     """
     y: Tensor = _LowRankLinear.apply(x.reshape(-1, x.shape[-1]), W, A, D)  # type: ignore[no-untyped-call]
-    return y.view(*x.shape[:-1], -1)
+    return y.view(*x.shape[:-1], y.shape[-1])

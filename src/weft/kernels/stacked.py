@@ -74,4 +74,4 @@ def stacked(x: Tensor, W: Tensor, A: Sequence[Tensor]) -> Tensor:
         A: (r_i, in) each, in any dtype: what gets their gradients; their numbers are read in W.
     """
     Z: Tensor = _forward(x.reshape(-1, x.shape[-1]), W, A)
-    return Z.view(*x.shape[:-1], -1)
+    return Z.view(*x.shape[:-1], Z.shape[-1])

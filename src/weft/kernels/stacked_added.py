@@ -92,4 +92,4 @@ def stacked_added(x: Tensor, W: Tensor, A: Tensor, D: Tensor) -> Tensor:
         A: (R, in), zeros behind its rows; R is a multiple of 64. D: (N, R). All of one dtype.
     """
     Z: Tensor = _Added.apply(x.reshape(-1, x.shape[-1]), W, A, D)  # type: ignore[no-untyped-call]
-    return Z.view(*x.shape[:-1], -1)
+    return Z.view(*x.shape[:-1], Z.shape[-1])
