@@ -364,9 +364,9 @@ def test_whatever_else_reads_the_model_meanwhile(tmp_path, base):
 
 
 @quiet
-@pytest.mark.parametrize("broken", ["wrong", "failing"])
-def test_stacking_goes_first(monkeypatch, broken):
-    """One that is wrong or fails costs the stacking, and neither the fused MLPs nor the compiled layers."""
+@pytest.mark.parametrize(("broken", "why"), [("wrong", "does not agree"), ("failing", "no such product"), ("large", "does not fit")])
+def test_stacking_goes_first(monkeypatch, broken, why):
+    """One that is wrong, fails or has no room costs the stacking, and neither the fused MLPs nor the compiled layers."""
     import weft.step.stacked as module
 
     def other(*given):
@@ -374,12 +374,20 @@ def test_stacking_goes_first(monkeypatch, broken):
             raise RuntimeError("no such product")
         return 1.1 * stacked_added(*given)
 
-    monkeypatch.setattr(module, "stacked_added", other)
+    gathered, gather = [], module.Stack._gather
+
+    def few(stack, *given):
+        gathered.append(stack)
+        if len(gathered) > 2:
+            raise torch.OutOfMemoryError
+        return gather(stack, *given)
+
+    monkeypatch.setattr(*(module.Stack, "_gather", few) if broken == "large" else (module, "stacked_added", other))
     monkeypatch.setattr("weft.step.fast.usable", lambda t: True)
     model, parameters = model_of()
     weights, said = {name: p.clone() for name, p in model.named_parameters()}, []
     fast = prepare(model, pad(rows([9, 4, 7])), parameters, compile=True, say=said.append)
-    assert len(said) == 1 and "not stacked" in said[0] and ("does not agree" if broken == "wrong" else "no such product") in said[0], said
+    assert len(said) == 1 and "not stacked" in said[0] and why in said[0], said
     assert fast.compiled and len(fast.inside.mlps) == 2 and not fast.inside.stacks and "stacked" not in fast.describe()
     fast.close()
     assert all(torch.equal(p, weights[name]) and p.untyped_storage().nbytes() == p.nbytes for name, p in model.named_parameters())
