@@ -32,7 +32,7 @@ class Again(Graphs):
     def __init__(self, layers, x: Tensor, given: list[Tensor], trained: list[Tensor]) -> None:
         self.layers, self.x, self.given, self.trained = layers, x, given, trained
         out = layers()
-        self.out, self.dx = torch.empty_like(out.detach()), torch.empty_like(x, requires_grad=False)
+        self.out, self.dx = torch.empty_like(out.detach()), torch.empty_like(x, requires_grad=False) if x.requires_grad else None
         self.grad = torch.zeros_like(self.out)
         add_gradients(out, self.grad, x, trained)
         self.calls = [0, 0]
@@ -49,7 +49,9 @@ class Again(Graphs):
         here = [p.grad for p, _ in self.sums]
         for p, g in self.sums:
             p.grad = g  # a graph knows addresses, not names
-        self.dx.copy_(add_gradients(self.live, self.grad, self.x, self.trained))
+        dx = add_gradients(self.live, self.grad, self.x, self.trained)
+        if self.dx is not None:
+            self.dx.copy_(dx)
         for (p, _), g in zip(self.sums, here, strict=True):
             p.grad = g
         self.calls[1] += 1
@@ -137,6 +139,19 @@ def test_steps_are_those_of_layers_one_by_one(monkeypatch, method, large):
     chain._captured = lambda *a: graphs.append(made := capture(*a)) or made  # type: ignore[method-assign]
     same(train(model, groups, chain), want)
     assert [g.calls for g in graphs] == [[4, 4]]  # the first pass was watched
+
+
+def test_layers_below_the_lowest_adapter_have_no_way_back():
+    groups = [[replace(pad(rows([9, 4, 7], seed=i)), attention_mask=None)] for i in range(4)]
+    method = weft.LoRA(rank=3, targets=["layers.1.self_attn.q_proj", "layers.2.mlp.down_proj"])
+    want = train(adapted(method=method), groups, None)
+    model = adapted(method=method)
+    chain = chained(model)
+    graphs: list[Again] = []
+    capture = chain._captured
+    chain._captured = lambda *a: graphs.append(made := capture(*a)) or made  # type: ignore[method-assign]
+    same(train(model, groups, chain), want)
+    assert [g.calls for g in graphs] == [[3, 3]] and graphs[0].dx is None and not graphs[0].x.requires_grad
 
 
 def test_packed_rows_of_one_shape_and_gradients_of_several_micro_batches():

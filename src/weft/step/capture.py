@@ -48,7 +48,7 @@ class Graphs:
 
 
 def add_gradients(out: Tensor, grad: Tensor, x: Tensor, trained: Sequence[Tensor]) -> Tensor | None:
-    """Add to the gradients of `trained`, which are there, what the gradient of out makes of them; the gradient of x.
+    """Add to the gradients of `trained`, which are there, what the gradient of out makes of them; the gradient of x, if it wants one.
 
     Small ones all at once: eight adapters of 112 layers had 1792 launches of 2.4 microseconds to add theirs one by one. Large ones, as
     those of whole weights are, one by one as they come, so that they are not there all at once; but not where hooks wait for them: the
@@ -59,7 +59,9 @@ def add_gradients(out: Tensor, grad: Tensor, x: Tensor, trained: Sequence[Tensor
         torch.autograd.backward(out, grad)
         dx, x.grad = x.grad, None
         return dx
-    dx, *made = torch.autograd.grad(out, [x, *trained], grad, allow_unused=True)
+    first = [x] if x.requires_grad else []
+    made = torch.autograd.grad(out, [*first, *trained], grad, allow_unused=True)
+    dx, made = (made[0], made[1:]) if first else (None, made)
     pairs = [(t.grad, g) for t, g in zip(trained, made, strict=True) if t.grad is not None and g is not None]
     alike = [pair for pair in pairs if pair[0].stride() == pair[1].stride()]  # with another among them all would be added one by one
     if alike:

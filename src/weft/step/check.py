@@ -58,8 +58,14 @@ def pieces(batch: Any, tokens: int) -> list[Any]:
 def measure(
     model: nn.Module, batches: Iterable[Any], loss: Callable[[Any], Tensor], parameters: Mapping[str, nn.Parameter]
 ) -> tuple[float, dict[str, Tensor]]:
-    """The sum of some batches' losses, one pass after another, and every parameter's gradient of it; gradients are zero afterwards."""
+    """The sum of some batches' losses, one pass after another, and every parameter's gradient of it; gradients are zero afterwards.
+
+    What was there before is dropped.
+    """
     total = 0.0
+    for p in parameters.values():
+        if p.grad is not None:
+            p.grad.zero_()
     for batch in batches:
         with routed(model, batch):
             part = loss(batch)

@@ -185,7 +185,8 @@ class Chain:
             t.grad.add_(t.grad)
         before, why = [_version(t) for t in trained], ""
         try:
-            given = static(x).requires_grad_()
+            back = x.requires_grad or self.regions[0].trains() or not trained  # else layers below the lowest trained one have no way back
+            given = static(x).requires_grad_(back)
             still = {id(t): static(t) for t in tensors(calls)}
             layers = partial(self._layers, given, each(calls, lambda t: still[id(t)]))
             made = self.card.capture(layers, given, list(still.values()), trained)

@@ -44,6 +44,16 @@ def repeated(model: nn.Module) -> list[nn.Module]:
     return found
 
 
+def trains(layer: nn.Module) -> bool:
+    """Whether something in it is trained, or an adapter at work, which may have what it trains elsewhere."""
+    return any(p.requires_grad for p in layer.parameters()) or any(getattr(m, "plan", None) is not None for m in layer.modules())
+
+
+def lowest(layers: list[nn.Module]) -> nn.Module:
+    """The first of them in which something is trained: those before it have no backward pass."""
+    return next(filter(trains, layers), layers[0])
+
+
 class Unrun(Exception):
     """A graph was compiled, within `unrun`."""
 
@@ -97,11 +107,15 @@ class Region:
             return self.layer._call_impl(*args, **kwargs)
         return self.now(*args, **kwargs) if self.chain is None else self.chain(self, args, kwargs)
 
+    def trains(self) -> bool:
+        return trains(self.layer)
+
     def now(self, *args: Any, **kwargs: Any) -> Any:
         """The layer by itself."""
         x = args[0] if args else None
-        if isinstance(x, Tensor) and x.is_floating_point() and not x.requires_grad:
-            # The first layer's input needs no gradient; saying that it does costs one product and spares compiling a second graph.
+        if isinstance(x, Tensor) and x.is_floating_point() and not x.requires_grad and self.trains():
+            # The lowest trained layer's input needs no gradient; saying that it does costs one product and spares compiling a second graph.
+            # Layers below it have no backward pass.
             args = (x.detach().requires_grad_(), *args[1:])
         with self.offload.hooks(self.layer) if self.offload is not None else nullcontext():
             if self.recompute:

@@ -19,27 +19,28 @@ from torch import Tensor, nn
 
 from weft.methods.kept import Kept
 from weft.step.inside import Inside
-from weft.step.regions import Region, Unrun, unrun
+from weft.step.regions import Region, Unrun, lowest, unrun
 
 logger = logging.getLogger("weft")
 T = TypeVar("T")
 
 
 class _Given(Exception):
-    """What the first layer is given, thrown so that no more of the model runs."""
+    """What a layer is given, thrown so that no more of the model runs."""
 
 
 def begin(
     model: nn.Module, layers: list[nn.Module], inside: Inside, parameters: Iterable[nn.Parameter], varying: bool, loss: Callable[[], Any]
 ) -> Ahead | None:
-    """Compile the first layer, both ways, in a thread, with torch's settings as they are now; None where that cannot be tried.
+    """Compile the first layer that is trained, both ways, in a thread, with torch's settings as they are; None where that cannot be tried.
 
     parameters: what is trained. varying: as for `Region`. loss: the forward pass that the layer is to be compiled for.
     """
     try:
-        args, kwargs = _given(layers[0], loss)
-        twin = _copy(model, layers[0], parameters)
-        twins = dict(zip(layers[0].modules(), twin.modules(), strict=True))
+        layer = lowest(layers)
+        args, kwargs = _given(layer, loss)
+        twin = _copy(model, layer, parameters)
+        twins = dict(zip(layer.modules(), twin.modules(), strict=True))
         return Ahead(Region(twin, True, varying, False, None), args, kwargs, inside.copied(twins))
     except Exception:  # not every module can be copied; what is wrong with the model itself the plain pass meets next
         logger.debug("no layer is compiled ahead", exc_info=True)
