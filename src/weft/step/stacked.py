@@ -68,8 +68,9 @@ class Stack:
         whole = tensors[0].data.new_empty(sum(self.outs) + behind, tensors[0].shape[1] + beside)
         places = whole[: sum(self.outs), : tensors[0].shape[1]].split(self.outs)
         for layer, tensor, place in zip(self.layers, tensors, places, strict=True):
-            tensor.data = place.copy_(tensor.data)
-            self.held.append((layer, name, tensor, tensor.data_ptr()))
+            place.copy_(tensor.data)
+            self.held.append((layer, name, tensor, place.data_ptr()))  # first: whoever is interrupted here finds what was moved
+            tensor.data = place
         return whole
 
     def uninstall(self) -> None:
