@@ -18,6 +18,7 @@ import weft
 from tests.step.test_loss import build, rows
 from weft.data import pad
 from weft.kernels.gated import gated, gated_reference
+from weft.kernels.gated_stacked import gated_stacked
 from weft.step import gated as step_gated
 from weft.step import loss_sum, prepare
 
@@ -59,6 +60,18 @@ def test_the_triton_kernels_equal_plain_torch():
     script = Path(__file__).with_name("interpreted.py")
     done = subprocess.run([sys.executable, script], env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.strip() == "277 equal", done.stdout + done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("shape", [(0,), (2, 0)])
+def test_no_tokens_at_all(shape):
+    """As an expert has that nobody is sent to."""
+    g, u, Sg, Su = (torch.randn(*shape, n, requires_grad=True) for n in (6, 6, 2, 3))
+    Bg, Bu, A = (torch.randn(s, requires_grad=True) for s in ((6, 2), (6, 3), (4, 6)))
+    Z = torch.randn(*shape, 2 * 6 + 64, requires_grad=True)
+    for leaves, (h, S) in (((g, u, Sg, Bg, Su, Bu, A), gated(g, u, Sg, Bg, Su, Bu, A)), ((Z, Bg, Bu, A), gated_stacked(Z, Bg, Bu, A))):
+        assert h.shape == (*shape, 6) and S.shape == (*shape, 4)
+        grads = torch.autograd.grad(h.sum() + S.sum(), leaves)
+        assert all(d.shape == t.shape and not d.any() for d, t in zip(grads, leaves, strict=True))
 
 
 def test_which_mlps_are_taken():

@@ -83,11 +83,16 @@ def gated_backward_and_s_reference(
     return *found, torch.mm(found[0], Bg, out=dSg), torch.mm(found[1], Bu, out=dSu)
 
 
+def launched(t: Tensor) -> bool:
+    """Whether the kernels work on rows such as these: of none there is nothing to launch."""
+    return usable(t) and len(t) > 0
+
+
 @torch.library.custom_op("weft::gated", mutates_args=())
 def _forward(
     g: Tensor, u: Tensor, Sg: Tensor, Bg: Tensor, Su: Tensor, Bu: Tensor, A: Tensor, cg: Tensor | None, cu: Tensor | None, gelu: bool
 ) -> tuple[Tensor, Tensor]:
-    work = kernels("triton_gated").gated_triton if usable(g) else gated_reference
+    work = kernels("triton_gated").gated_triton if launched(g) else gated_reference
     h, S = work(g, u, Sg, Bg, Su, Bu, A, cg, cu, gelu)
     return h, S
 
@@ -102,7 +107,7 @@ def _backward(
     dh: Tensor, dS: Tensor, g: Tensor, u: Tensor, Sg: Tensor, Bg: Tensor, Su: Tensor, Bu: Tensor, A: Tensor, cg: Tensor | None,
     cu: Tensor | None, gelu: bool,
 ) -> Nine:  # fmt: skip
-    work = kernels("triton_gated_back").gated_backward_and_s_triton if usable(g) else gated_backward_and_s_reference
+    work = kernels("triton_gated_back").gated_backward_and_s_triton if launched(g) else gated_backward_and_s_reference
     dg, du, dBg, dBu, dA, dcg, dcu, dSg, dSu = work(dh.contiguous(), dS.contiguous(), g, u, Sg, Bg, Su, Bu, A, cg, cu, gelu)
     return dg, du, dSg, dBg, dSu, dBu, dA, dcg, dcu
 
@@ -151,4 +156,4 @@ def gated(
     """
     flat = [t.reshape(-1, t.shape[-1]).contiguous() for t in (g, u, Sg, Su)]
     h, S = _forward(flat[0], flat[1], flat[2], Bg.contiguous(), flat[3], Bu.contiguous(), A.contiguous(), cg, cu, gelu)
-    return h.view(g.shape), S.view(*g.shape[:-1], -1)
+    return h.view(g.shape), S.view(*g.shape[:-1], len(A))

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from weft.kernels.gated import by, gated_backward_and_s_reference, gated_reference, setup
-from weft.kernels.launch import kernels, usable
+from weft.kernels.gated import by, gated_backward_and_s_reference, gated_reference, launched, setup
+from weft.kernels.launch import kernels
 
 Six = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -29,7 +29,7 @@ def columns(Z: Tensor, Bg: Tensor, Bu: Tensor) -> tuple[Tensor, ...]:
 def _forward(
     Z: Tensor, Bg: Tensor, Bu: Tensor, A: Tensor, cg: Tensor | None, cu: Tensor | None, gelu: bool
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    work = kernels("triton_gated").gated_triton if usable(Z) else gated_reference
+    work = kernels("triton_gated").gated_triton if launched(Z) else gated_reference
     g, u, Sg, Su, _ = columns(Z, Bg, Bu)
     h, S = work(g, u, Sg, Bg, Su, Bu, A, cg, cu, gelu)
     return h, S
@@ -44,7 +44,7 @@ def _(Z, Bg, Bu, A, cg, cu, gelu):  # type: ignore[no-untyped-def]
 def _backward(
     dh: Tensor, dS: Tensor, Z: Tensor, Bg: Tensor, Bu: Tensor, A: Tensor, cg: Tensor | None, cu: Tensor | None, gelu: bool
 ) -> Six:  # fmt: skip
-    work = kernels("triton_gated_back").gated_backward_and_s_triton if usable(Z) else gated_backward_and_s_reference
+    work = kernels("triton_gated_back").gated_backward_and_s_triton if launched(Z) else gated_backward_and_s_reference
     g, u, Sg, Su, _ = columns(Z, Bg, Bu)
     dZ = torch.empty_like(Z)
     dg, du, dSg, dSu, rest = columns(dZ, Bg, Bu)
@@ -77,4 +77,4 @@ def gated_stacked(
         Bg, Bu: (width, r_g), (width, r_u). A: (r, width). cg, cu: (width,) in fp32, or None for ones. gelu: GELU by tanh in place of SiLU.
     """
     h, S = _forward(Z.reshape(-1, Z.shape[-1]), Bg.contiguous(), Bu.contiguous(), A.contiguous(), cg, cu, gelu)
-    return h.view(*Z.shape[:-1], -1), S.view(*Z.shape[:-1], -1)
+    return h.view(*Z.shape[:-1], len(Bg)), S.view(*Z.shape[:-1], len(A))
