@@ -68,6 +68,17 @@ def test_one_of_which_a_process_has_a_part_is_left_alone():
         dist.destroy_process_group()
 
 
+def test_one_that_wants_more_is_left_alone():
+    model = build("Llama", {}).requires_grad_(False)
+
+    class Two(type(model.model.norm)):
+        def forward(self, hidden_states, gate):
+            return super().forward(hidden_states) * gate
+
+    model.model.norm.__class__ = Two
+    assert closing.closing(model, list(model.model.layers)) is None
+
+
 @quiet
 def test_one_that_is_wrong_is_left_out(monkeypatch):
     monkeypatch.setattr("weft.step.fast.usable", lambda t: True)
@@ -76,7 +87,7 @@ def test_one_that_is_wrong_is_left_out(monkeypatch):
     want = loss_sum(model.eval(), batch).item()
     model.train()
     fast = prepare(model, batch, parameters, compile=True, say=said.append)
-    assert not said and fast.inside.norm is model.model.norm
+    assert not said and fast.inside.norm is model.model.norm and "the norm behind them one kernel" in fast.describe()
     fast.close()
     right = closing._norm
     monkeypatch.setattr(closing, "_able", lambda m: m is model.model.norm)

@@ -62,7 +62,8 @@ class Inside:
     def describe(self) -> list[str]:
         parts = [f"{len(self.mlps)} gated MLPs fused"] if self.mlps else []
         parts += [f"{stacked.named(self.stacks)} stacked"] if self.stacks else []
-        return parts + ([f"{alone.named(self.lone)} one operation each"] if self.lone else [])
+        parts += [f"{alone.named(self.lone)} one operation each"] if self.lone else []
+        return parts + ["the norm behind them one kernel"] * (self.norm is not None)
 
     def copied(self, twins: Mapping[nn.Module, nn.Module]) -> Inside:
         """The same of copies of some modules, by these."""
