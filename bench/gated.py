@@ -153,6 +153,19 @@ def agrees(work: Callable[..., Any], given: tuple[Any, ...], want: tuple[torch.T
     return error <= 1e-2 and same
 
 
+def fitting(
+    work: Callable[..., Any], hows: list[dict[str, Any]], given: tuple[Any, ...], want: tuple[torch.Tensor, ...], left: Callable[[], bool],
+    what: str,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Those choices that `agrees` takes, compiled side by side; none is begun once no time is left."""
+    start = time.perf_counter()
+    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+        fits = list(pool.map(lambda how: left() and agrees(work, given, want, how), hows))
+    able = [how for how, fit in zip(hows, fits, strict=True) if fit]
+    print(f"{what}: {len(able)} of {len(hows)}, {time.perf_counter() - start:.0f} s", flush=True)
+    return able
+
+
 def forward(budget: float) -> list[dict[str, Any]]:
     """h and S at once over blocks, stages and splits, with DoRA those that were best with LoRA; as `tune` it ends in time."""
     began, copy, rows = time.perf_counter(), copy_rate(), []
@@ -171,12 +184,9 @@ def forward(budget: float) -> list[dict[str, Any]]:
             hows = [how for how in hows if how in best] if dora else hows
             small = made(528, 1040, rank, dora)  # as in `tune`
             want = gated_reference(*inner(tuple(t.double() if torch.is_tensor(t) else t for t in small)))
-            given, start = stacked(small), time.perf_counter()
+            given = stacked(small)
             gated_by_columns(*given)  # what Triton sets up once is there before threads come
-            with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-                fits = list(pool.map(lambda how: left() and agrees(gated_by_rows, given, want, how), hows))
-            able = [how for how, fit in zip(hows, fits, strict=True) if fit]
-            print(f"rank {rank}, {'DoRA' if dora else 'LoRA'}: {len(able)} of {len(hows)}, {time.perf_counter() - start:.0f} s", flush=True)
+            able = fitting(gated_by_rows, hows, given, want, left, f"rank {rank}, {'DoRA' if dora else 'LoRA'}")
             for shape, width in WIDTHS.items():
                 full = stacked(made(TOKENS, width, rank, dora))
                 h, A = full[0].contiguous(), full[6]
@@ -222,12 +232,9 @@ def backward(budget: float) -> list[dict[str, Any]]:
         exact = tuple(t.double() if torch.is_tensor(t) else t for t in small)
         want = gated_backward_reference(*exact)[:5]
         want = (*want, want[0] @ exact[5], want[1] @ exact[7])
-        (*given, _, _, _), start = to_come_back(small)[0], time.perf_counter()  # no c, and SiLU
+        *given, _, _, _ = to_come_back(small)[0]  # no c, and SiLU
         gated_backward_triton(*given)  # what Triton sets up once is there before threads come
-        with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-            fits = list(pool.map(lambda how: left() and agrees(gated_backward_and_s, tuple(given), want, how), hows))
-        able = [how for how, fit in zip(hows, fits, strict=True) if fit]
-        print(f"rank {rank}: {len(able)} of {len(hows)}, {time.perf_counter() - start:.0f} s", flush=True)
+        able = fitting(gated_backward_and_s, hows, tuple(given), want, left, f"rank {rank}")
         for shape in ("8B", "1B"):
             (*full, _, _, _), places = to_come_back(made(TOKENS, WIDTHS[shape], rank))
             (dg, du, dSg, dSu), Bg, Bu = places.values(), full[5], full[7]

@@ -2,8 +2,7 @@
 
 A program goes along its rows and sums dS while it has dg and du; of what is summed over tokens each block of rows leaves a part. Parts are
 added in fp32 and in order, so a run can be repeated bit for bit. Each warp has 16 rows of its own: where warps share rows, Triton repeats
-the whole arithmetic in each of them, in the layout in which the product dg B takes dg, four times as many special functions and 118
-instructions an element for 34.
+the whole arithmetic in each of them, in the layout in which the product dg B takes dg.
 """
 
 from __future__ import annotations

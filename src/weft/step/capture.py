@@ -50,7 +50,7 @@ class Graphs:
 def add_gradients(out: Tensor, grad: Tensor, x: Tensor, trained: Sequence[Tensor]) -> Tensor | None:
     """Add to the gradients of `trained`, which are there, what the gradient of out makes of them; the gradient of x, if it wants one.
 
-    Small ones all at once: eight adapters of 112 layers had 1792 launches of 2.4 microseconds to add theirs one by one. Large ones, as
+    Small ones all at once: eight adapters of 112 layers had 1792 launches to add theirs one by one. Large ones, as
     those of whole weights are, one by one as they come, so that they are not there all at once; but not where hooks wait for them: the
     engine would call those within the capture, and `weft.step.graph` calls them after each replay.
     """
