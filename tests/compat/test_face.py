@@ -378,3 +378,22 @@ def test_a_transformers_model_adapts_itself(tmp_path: Path) -> None:
     """`model.add_adapter` and `model.load_adapter` of transformers, with the face installed as peft."""
     done = subprocess.run([sys.executable, "-c", INTEGRATION, str(tmp_path)], capture_output=True, text=True, check=False)
     assert done.returncode == 0 and "done" in done.stdout, done.stderr[-3000:]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_an_adapter_that_is_broken_off_leaves_its_name_free(monkeypatch: pytest.MonkeyPatch, error: type[BaseException]) -> None:
+    """By Ctrl-C too."""
+    model, config = made(), face.LoraConfig(r=2, target_modules=["q_proj", "down_proj"])
+
+    def broken(*args: object, **kwargs: object) -> None:
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(model.base_model), "inject_adapter", broken)
+        with pytest.raises(error):
+            model.add_adapter("other", config)
+        with pytest.raises(error):
+            model.add_weighted_adapter(["default"], [1.0], "other", combination_type="cat")
+        assert list(model.peft_config) == ["default"]
+    model.add_adapter("other", config)
+    assert list(model.peft_config) == ["default", "other"]

@@ -113,7 +113,7 @@ class Conversation:
         except KeyboardInterrupt:
             answer = "".join(heard)
             self._tell("(stopped)")
-        except Exception:
+        except Exception:  # whatever it was: the question without its answer is no part of what is said next
             self.said.pop()
             raise
         self.said.append({"role": "assistant", "content": answer})

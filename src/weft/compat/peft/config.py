@@ -6,7 +6,8 @@ import inspect
 import json
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -182,3 +183,12 @@ def get_peft_config(config_dict: dict[str, Any]) -> Any:
     return PEFT_TYPE_TO_CONFIG_MAPPING[config_dict["peft_type"]](**config_dict)
 
 
+@contextmanager
+def listed(configs: dict[str, Any], name: str, config: Any) -> Iterator[None]:
+    """An adapter's entry, which goes again if what makes the adapter is broken off, by Ctrl-C too: its name is free then."""
+    configs[name] = config
+    try:
+        yield
+    except BaseException:
+        configs.pop(name, None)
+        raise

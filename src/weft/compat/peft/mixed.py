@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from weft.compat.peft import status
-from weft.compat.peft.config import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig
+from weft.compat.peft.config import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig, listed
 from weft.compat.peft.kinds import PeftType
 from weft.compat.peft.layers import every
 from weft.compat.peft.state import load_peft_weights, set_peft_model_state_dict
@@ -107,12 +107,8 @@ class PeftMixedModel(Front):
         _check(peft_config)
         if adapter_name in self.peft_config:
             raise ValueError(f"Adapter with name '{adapter_name}' already exists.")
-        self.peft_config[adapter_name] = peft_config
-        try:
+        with listed(self.peft_config, adapter_name, peft_config):
             self.base_model.inject_adapter(self.base_model.model, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage)
-        except Exception:
-            self.peft_config.pop(adapter_name, None)
-            raise
         self.set_modules_to_save(peft_config, adapter_name)
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:

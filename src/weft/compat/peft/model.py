@@ -14,7 +14,7 @@ from transformers.utils import PushToHubMixin
 
 from weft.compat.peft import status
 from weft.compat.peft.activated import offsets_of
-from weft.compat.peft.config import DOWNLOAD, PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig
+from weft.compat.peft.config import DOWNLOAD, PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig, listed
 from weft.compat.peft.kinds import PeftType
 from weft.compat.peft.prompting import Prompting
 from weft.compat.peft.saving import Saving
@@ -228,17 +228,13 @@ class PeftModel(Saving, Prompting, PushToHubMixin, Front):
         warn_of_prefix(adapter_name, peft_config.peft_type)
         if peft_config.peft_type != self.peft_type:
             raise ValueError(f"Cannot combine adapters with different peft types. Found {self.peft_type} and {peft_config.peft_type}.")
-        self.peft_config[adapter_name] = peft_config
-        try:
+        with listed(self.peft_config, adapter_name, peft_config):
             if peft_config.is_prompt_learning:
                 self.attach_prompt(adapter_name, peft_config)
             else:
                 self.base_model.inject_adapter(
                     self.base_model.model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage=low_cpu_mem_usage
                 )
-        except Exception:
-            self.peft_config.pop(adapter_name, None)
-            raise
 
     def set_adapter(self, adapter_name: str, inference_mode: bool = False) -> None:
         """Let one adapter alone work, and train unless it is for inference."""

@@ -10,6 +10,7 @@ import torch
 
 from weft.adapters.combine import How
 from weft.adapters.combine_factors import combined
+from weft.compat.peft.config import listed
 from weft.compat.peft.kinds import as_value_error
 from weft.compat.peft.layers import fronts
 from weft.compat.peft.wrappers import ModulesToSaveWrapper
@@ -47,14 +48,11 @@ def add_weighted_adapter(
     if how not in ("linear", "cat", "svd") and density is None:
         raise ValueError(f"combination_type={how!r} needs a density between 0 and 1")
     first = self.peft_config[adapters[0]]
-    self.peft_config[adapter_name] = replace(
+    config = replace(
         first, r=rank, lora_alpha=rank, target_modules=targets, alpha_pattern={}, rank_pattern={}, use_rslora=False, init_lora_weights=True
     )
-    try:
+    with listed(self.peft_config, adapter_name, config):
         self.inject_adapter(self.model, adapter_name)
-    except Exception:
-        del self.peft_config[adapter_name]
-        raise
     for front in fronts(self.model):
         if adapter_name not in front.trains:
             continue
@@ -86,12 +84,9 @@ def add_weighted_ia3(self: Any, adapters: list[str], weights: list[float], adapt
             raise ValueError(f"Adapter {name} does not exist")
     configs = [self.peft_config[n] for n in adapters]
     targets, inner = _together([c.target_modules for c in configs]), _together([c.feedforward_modules for c in configs])
-    self.peft_config[adapter_name] = replace(configs[0], target_modules=targets, feedforward_modules=inner)
-    try:
+    config = replace(configs[0], target_modules=targets, feedforward_modules=inner)
+    with listed(self.peft_config, adapter_name, config):
         self.inject_adapter(self.model, adapter_name)
-    except Exception:
-        del self.peft_config[adapter_name]
-        raise
     with torch.no_grad():
         for front in fronts(self.model):
             if adapter_name in front.trains:
