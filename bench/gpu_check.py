@@ -285,7 +285,7 @@ def fast_step() -> None:
         path, _ = demo.write("records", folder, train=23, held_out=1)
         examples = prepare(load_rows(str(path)), tokenizer, DataConfig(train=str(path)), progress=False).examples
     tried = {
-        "bf16": (("packed", 1.0), ("padded", 0.4), ("packed", 0.0)),
+        "bf16": (("packed", 1.0), ("packed", 0.75), ("padded", 0.75), ("padded", 0.4), ("packed", 0.0)),
         "nf4": (("packed", 1.0), ("padded", 0.0)),
         "int8": (("padded", 0.1),),
         "fp8": (("packed", 1.0), ("padded", 0.0)),

@@ -8,7 +8,7 @@
     no logits               the head and the loss are one operation, a slice of tokens at a time
     a shorter last layer    what follows attention there works on tokens that bear loss alone, where layers are not compiled
     no mask                 padded rows go without one where a token never looks right, which is where padding is
-    a budget of memory      what is kept for the backward pass and what is made again, by what the card has free
+    a budget of memory      what is kept for the backward pass, on the card or the host, and what is made again, by what the card has free
     checked                 before the first step, against the plain path; what does not agree is not used, and that is said
 
 Packed rows (`weft.models.attention`) and the flat buffer of the adapter (`weft.train.flat`) are there on either path.
@@ -22,24 +22,23 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
-from math import prod
 from threading import Thread
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from weft.core import WeftError, features, is_linear, modules
+from weft.core import WeftError
 from weft.kernels.launch import usable
 from weft.kernels.scratch import release
 from weft.quant import QuantLinear
 from weft.step import early, elide, twin
-from weft.step.capture import able
+from weft.step.capture import able, remember
 from weft.step.check import active_dropout, bounds, differences, measure, pieces, recomputes, stirred
 from weft.step.fp8 import BOUND, narrowable, watched
-from weft.step.graph import Chain
+from weft.step.graph import Chain, brief
 from weft.step.inside import Inside
-from weft.step.levels import LEVELS, RECOMPUTE, Memory, fitting, kept
+from weft.step.levels import LEVELS, RECOMPUTE, Memory, amount, fitting, kept, lent
 from weft.step.loss import Batch, fusible, loss_sum, loss_sums, unmaskable
 from weft.step.regions import install, repeated, settle, uninstall
 from weft.step.routing import each, routed
@@ -48,7 +47,6 @@ from weft.step.warming import card, warm
 logger = logging.getLogger("weft")
 CHECKED = 2048  # tokens of a piece of the self-check's plain pass, which forms more at once than the fast one
 PASSES = 2  # of the checked micro-batch after the one that compiles: its layers are captured and replayed, and replayed once more
-FLOPS, BRIEF = 7e14, 6e-3  # the host takes 2 to 4 ms to launch a layer both ways; an H100 takes 10 for one of 8 billion at 8192 tokens
 
 
 @dataclass
@@ -68,6 +66,8 @@ class Fast:
     tail: list[nn.Module] = field(default_factory=list)  # of the last layer: they work on tokens that bear loss alone
     graphs: bool = False  # compiled layers run as CUDA graphs, where that can be; gradients are then those of `backward()` alone
     insist: bool = False  # also where these leave little memory
+    most: int = 0  # bytes that may be taken, if that was asked for
+    lending: int = 0  # layers that keep what they keep in the host's memory
     chain: Chain | None = None
     ahead: Thread | None = None  # compiles kernels while the plain pass works
     said: list[str] = field(default_factory=list)
@@ -90,20 +90,21 @@ class Fast:
     def install(self, level: float, ahead: bool = False) -> None:
         """Regions for this level of memory. ahead: a layer was compiled for it, and is not once more."""
         self.level = level
-        offload = level == 0 and self.cuda
-        share, recompute = kept(level, offload), 0
+        away = lent(level) if self.cuda and (self.compiled or level == 0) else 0.0
+        share, recompute = kept(level, away), 0
         if not self.compiled:  # without a compiler to choose what is cheap, whole layers are kept or not
             share, recompute = 1.0, len(self.layers) if level < RECOMPUTE else round((1 - level) * len(self.layers))
+        self.lending = 0
         self.close()
         for layer in self.narrow.values():
             layer.narrow = True
         if self.compiled:
             self.inside.install()
-        if self.graphs and self.compiled and not offload:
+        if self.graphs and self.compiled and not away:
             self.chain = Chain(self.insist)
         if self.compiled or recompute:
             self.tail = []  # a graph more, or computed again when the batch is another
-            install(self.layers, self.compiled, self.varying, recompute, offload, share, self.chain, ahead)
+            self.lending = install(self.layers, self.compiled, self.varying, recompute, away, share, self.chain, ahead)
 
     @property
     def captured(self) -> bool:
@@ -137,7 +138,9 @@ class Fast:
         parts.append("no logits formed" if self.head is not None else "all logits formed")
         if self.unmasked:
             parts.append("padding not masked")
-        if self.level >= 1:
+        if self.lending and self.level:
+            parts.append(f"activations kept, those of {self.lending} layers in host memory")
+        elif self.level >= 1:
             parts.append("activations kept")
         elif self.level >= RECOMPUTE:
             parts.append(f"{self.level:.0%} of the activations kept")
@@ -156,8 +159,8 @@ def prepare(
     Args:
         batch: the largest micro-batch of the run, on the model's device.
         parameters: what is trained; gradients, if any, are zero afterwards.
-        memory: "auto" spends what the card has free; a share of the activations to keep, from 0 (least memory) to 1 (most speed); or
-            bytes that the whole process may take on the card (above 1).
+        memory: "auto" spends what the card has free; a share of the activations to keep there, from 0 (least memory) to 1 (most speed); or
+            bytes (above 1, or "40GB") that the whole process may take on the card, which is measured.
         compile: None: on CUDA. varying: batches differ in shape.
         fp8: multiply in fp8 in the layers that an fp8 base stores so, where the device has such units; None: with the self-check, which
             holds each of those products against the plain one.
@@ -168,8 +171,7 @@ def prepare(
     Raises:
         WeftError: the micro-batch does not fit even with the least memory; a memory setting of no sense.
     """
-    if (isinstance(memory, str) and memory != "auto") or (not isinstance(memory, str) and memory < 0):
-        raise WeftError(f'train.memory: {memory!r} is not "auto", a share from 0 to 1, nor a number of bytes')
+    share = amount(memory)
     device, layers = batch.input_ids.device, repeated(model)
     cuda = device.type == "cuda"
     compiled = (cuda if compile is None else compile) and bool(layers)
@@ -177,12 +179,13 @@ def prepare(
         warm(device)
     heads = [fusible(model) for _ in each(model, batch)]
     head = heads[0] if all(h is heads[0] for h in heads) else None
-    level = fitting(batch, memory, layers, compiled)
+    level = fitting(batch, share, layers, compiled)
     narrow = narrowable(model) if (self_check if fp8 is None else fp8) else {}
     if fp8 and not narrow:
         say("no product can be in fp8 here (that takes base: fp8, and a card with fp8 units): they are computed from decoded weights")
     with routed(model, batch):
         fast = Fast(model, compiled, head, varying, level, layers, cuda, unmaskable(model, batch, head), narrow)
+        fast.most = int(share) if cuda and share is not None and share > 1 else 0
         if compiled:
             fast.inside = Inside.of(model, layers, narrow.values(), usable(batch.input_ids))
         elif elide.masked(batch):  # else the self-check would not hold it against the plain step
@@ -196,7 +199,7 @@ def prepare(
         model.eval()
     if graphs is not False and compiled:
         why = _one_by_one(model, batch, random)
-        may = (isinstance(memory, str) or memory <= 1) and _brief(layers, batch.input_ids.numel())
+        may = not fast.most and brief(layers, batch.input_ids.numel())
         fast.graphs, fast.insist = not why and (bool(graphs) or may), bool(graphs)
         if graphs and why:
             say(f"the layers do not run as CUDA graphs: {why}")
@@ -274,7 +277,7 @@ def _compile_ahead(fast: Fast, batch: Batch, parameters: Mapping[str, nn.Paramet
     processes exchange what their layers need: a copy's call, and a forward pass that ends at the first layer, are no part of that."""
     if not fast.compiled or not fast.cuda or fast.narrow or _several():
         return None
-    settle(kept(fast.level, fast.level == 0))
+    settle(kept(fast.level, lent(fast.level)))
     torch._dynamo.reset()
     with fast.routed(batch):
         thread = twin.begin(fast.model, fast.layers, fast.inside, parameters.values(), fast.varying, lambda: fast.loss(batch))
@@ -287,17 +290,27 @@ def _pass(
     fast: Fast, batch: Batch, parameters: Mapping[str, nn.Parameter], say: Callable[[str], None]
 ) -> tuple[tuple[float, dict[str, Tensor]] | None, str]:
     """(loss and gradients of the micro-batch at the highest level of memory that fits, why there are none)."""
+    moments = 8 * sum(p.numel() for p in parameters.values())  # AdamW's, which come with the first step
     while True:
         try:
+            if fast.most:
+                remember(batch.input_ids.device)
+                torch.cuda.reset_peak_memory_stats(batch.input_ids.device)
             found = measure(fast.model, [batch], fast.loss, parameters)
             for _ in range(PASSES):
                 if fast.chain is not None and not fast.chain.why:  # what counts is what the graphs give
                     if fast.ahead is not None:
                         fast.ahead.join()  # its nodes that add gradients would be in the way of a capture
                     found = measure(fast.model, [batch], fast.loss, parameters)
-            return found, ""
-        except torch.OutOfMemoryError:
-            pass  # what it holds goes with the exception, before the next try
+            taken = torch.cuda.max_memory_allocated(batch.input_ids.device) + moments if fast.most else 0
+            if taken <= fast.most:
+                return found, ""
+            why = f"{taken / 1e9:.1f} GB taken"
+            if not fast.level:
+                say(f"the step takes {taken / 1e9:.1f} GB, more than train.memory, whatever is recomputed: lower train.tokens")
+                return found, ""
+        except torch.OutOfMemoryError as e:  # what it holds goes with the exception, before the next try
+            why = str(e).split(". ")[0]
         except Exception as e:  # a compiler's failure has many types; the plain path is right, only slower
             if not fast.compiled and not fast.tail:
                 raise
@@ -307,7 +320,7 @@ def _pass(
         lower = [level for level in LEVELS if level < fast.level]
         if not lower:
             raise WeftError("a micro-batch does not fit into the memory, whatever is recomputed: lower train.tokens")
-        say(f"out of memory with {fast.level:.0%} of the activations kept; trying less")
+        say(f"{why} with {fast.level:.0%} of the activations kept; trying less")
         fast.install(lower[0])
 
 
@@ -322,7 +335,7 @@ def _plain(
     """
     keeps = keep and fast.level >= 1 and batch.input_ids.numel() >= 4 * CHECKED  # a piece takes less than the step will, then
     if fast.layers and fast.cuda:
-        install(fast.layers, False, fast.varying, 0 if keeps else len(fast.layers), False, 1.0)
+        install(fast.layers, False, fast.varying, 0 if keeps else len(fast.layers), 0.0, 1.0)
     found = None
     try:
         with watched(list(fast.narrow.values())) as apart:
@@ -379,9 +392,3 @@ def _one_by_one(model: nn.Module, batch: Batch, random: bool) -> str:
 def _several() -> bool:
     """Whether several processes train."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-
-
-def _brief(layers: list[nn.Module], tokens: int) -> bool:
-    """Whether layers are so small that they wait for the host: by four operations a weight and token."""
-    weights = sum(prod(features(m)) for layer in layers for _, m in modules(layer) if is_linear(m)) / max(len(layers), 1)
-    return 4 * weights * tokens < BRIEF * FLOPS

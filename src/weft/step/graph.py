@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import logging
 from functools import partial
+from math import prod
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
@@ -23,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from weft.core import Mixture, Site, Slot, WeftError
+from weft.core import Mixture, Site, Slot, WeftError, features, is_linear, modules
 from weft.step.capture import Card, Graphs, Unfit
 from weft.step.gated import STACK
 from weft.step.given import each, kind, like, static, tensors, whole
@@ -35,7 +36,14 @@ logger = logging.getLogger("weft")
 Call = tuple[tuple[Any, ...], dict[str, Any]]  # what a layer is given besides the hidden states
 KINDS = 4  # of passes that are captured: each takes a second once, and static copies of what it is given; padded rows come in many shapes
 CHANGES = 3  # of the facts after a capture, and no more are made: somebody changes them in every step
+FLOPS, BRIEF = 7e14, 6e-3  # the host takes 2 to 4 ms to launch a layer both ways; an H100 takes 10 for one of 8 billion at 8192 tokens
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def brief(layers: list[nn.Module], tokens: int) -> bool:
+    """Whether layers are so small that they wait for the host: by four operations a weight and token."""
+    weights = sum(prod(features(m)) for layer in layers for _, m in modules(layer) if is_linear(m)) / max(len(layers), 1)
+    return 4 * weights * tokens < BRIEF * FLOPS
 
 
 class Pass:

@@ -15,7 +15,6 @@ from contextlib import contextmanager, nullcontext
 from importlib import import_module
 from threading import local
 from typing import Any
-from weakref import ref
 
 import torch
 import torch._functorch.config as aot
@@ -24,9 +23,11 @@ from torch.utils.checkpoint import checkpoint
 
 from weft.core import base_class
 from weft.step.graph import Chain
+from weft.step.offload import Offload
 from weft.step.warming import compiler
 
 logger = logging.getLogger("weft")
+AHEAD = 2  # layers, in which what a spaced lender lent comes back: one layer of an 8-billion Llama takes 9 ms back, its copy 14
 
 
 def repeated(model: nn.Module) -> list[nn.Module]:
@@ -92,14 +93,15 @@ class Region:
         layer: a module of the model.
         compile: compile it; `varying`: batches differ in shape, so the graph must not depend on it.
         recompute: keep only the layer's input and run the whole layer again in the backward pass.
-        offload: keep what the layer keeps in the host's memory meanwhile.
+        offload: what all layers keep goes through it; that of one that `lends` waits in the host's memory.
         chain: all layers may run at once, as CUDA graphs.
     """
 
     def __init__(
-        self, layer: nn.Module, compile: bool, varying: bool, recompute: bool, offload: Offload | None, chain: Chain | None = None
-    ) -> None:
-        self.layer, self.compile, self.recompute, self.offload, self.chain = layer, compile, recompute, offload, chain
+        self, layer: nn.Module, compile: bool, varying: bool, recompute: bool, offload: Offload | None = None, lends: bool = False,
+        chain: Chain | None = None,
+    ) -> None:  # fmt: skip
+        self.layer, self.compile, self.recompute, self.offload, self.lends, self.chain = layer, compile, recompute, offload, lends, chain
         self.run: Callable[..., Any] = torch.compile(layer._call_impl, dynamic=varying, backend=inductor) if compile else layer._call_impl
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -117,112 +119,10 @@ class Region:
             # The lowest trained layer's input needs no gradient; saying that it does costs one product and spares compiling a second graph.
             # Layers below it have no backward pass.
             args = (x.detach().requires_grad_(), *args[1:])
-        with self.offload.hooks(self.layer) if self.offload is not None else nullcontext():
+        with self.offload.hooks(self.layer, self.lends) if self.offload is not None else nullcontext():
             if self.recompute:
                 return checkpoint(self.run, *args, use_reentrant=False, determinism_check="none", **kwargs)
             return self.run(*args, **kwargs)
-
-
-class Kept:
-    """A tensor in the host's memory, and where it is to come back to."""
-
-    def __init__(self, host: Tensor, device: torch.device, layer: Away) -> None:
-        self.host, self.device, self.layer = host, device, layer
-        self.back: Tensor | None = None
-
-
-class Away:
-    """What one call of a layer keeps; lives as long as the graph does."""
-
-    def __init__(self) -> None:
-        self.kept: list[ref[Kept]] = []
-        self.leaving: list[Tensor] = []  # held until they are copied out
-        self.left: torch.cuda.Event | None = None  # behind the copies out
-        self.fetched: torch.cuda.Event | None = None  # behind the copies back, once they are under way
-
-
-class Offload:
-    """What layers keep for the backward pass waits in pinned host memory and comes back one layer ahead of its use.
-
-    A layer of an 8-billion Llama takes about 6 ms for 8192 tokens, in which PCIe 5 moves some 300 MB: its input (67 MB) and three times
-    as much again spares half of what would be computed again.
-
-    The host is far ahead of the card, so memory is handed on in the order of the card's work and not by what is done already: all of it
-    is from the main stream, which waits for the copies out of a layer before the next layer but one begins, and for those back before use.
-    """
-
-    LEAST = 1 << 22  # bytes; smaller tensors stay where they are
-
-    def __init__(self) -> None:
-        self.stream = torch.cuda.Stream()
-        self.pinned: dict[tuple[Any, ...], list[Tensor]] = {}  # buffers to use again: pinning costs more than copying
-        self.layers: list[ref[Away]] = []  # in the order of the forward pass
-        self.last: Away | None = None  # whose tensors are leaving
-
-    @contextmanager
-    def hooks(self, layer: nn.Module) -> Iterator[None]:
-        own = {t.untyped_storage().data_ptr() for t in (*layer.parameters(), *layer.buffers())}
-        away = Away()
-        self.layers = [*(r for r in self.layers if r() is not None), ref(away)]
-
-        def pack(t: Tensor) -> Tensor | Kept:
-            small = t.numel() * t.element_size() < self.LEAST or 0 in t.stride()
-            return t if not t.is_cuda or small or t.untyped_storage().data_ptr() in own else self._out(t, away)
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, self._in):
-            yield
-        away.left = self.stream.record_event()
-        self._gone(self.last)
-        self.last = away
-
-    def _gone(self, away: Away | None) -> None:
-        if away is not None and away.left is not None:
-            torch.cuda.current_stream().wait_event(away.left)
-            away.leaving.clear()
-
-    def _out(self, t: Tensor, away: Away) -> Kept:
-        free = self.pinned.setdefault((t.shape, t.stride(), t.dtype), [])
-        host = free.pop() if free else torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, pin_memory=True)
-        self.stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.stream):
-            host.copy_(t, non_blocking=True)
-        kept = Kept(host, t.device, away)
-        away.leaving.append(t)
-        away.kept.append(ref(kept))
-        return kept
-
-    def _fetch(self, away: Away) -> None:
-        if away.fetched is not None:
-            return
-        coming = [kept for r in reversed(away.kept) if (kept := r()) is not None]
-        for kept in coming:
-            kept.back = torch.empty_strided(kept.host.shape, kept.host.stride(), dtype=kept.host.dtype, device=kept.device)
-        self.stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.stream):
-            for kept in coming:
-                assert kept.back is not None
-                kept.back.copy_(kept.host, non_blocking=True)
-        away.fetched = self.stream.record_event()
-
-    def _in(self, kept: Tensor | Kept) -> Tensor:
-        if isinstance(kept, Tensor):
-            return kept
-        if self.last is not None:  # the backward pass begins
-            self._gone(self.last)
-            self.last = None
-        self._fetch(kept.layer)
-        if any(r() is kept.layer for r in self.layers):  # the first of its layer to be asked for: the layer before it is next
-            while self.layers and self.layers.pop()() is not kept.layer:
-                pass
-            before = self.layers[-1]() if self.layers else None
-            if before is not None:
-                self._fetch(before)
-        if kept.back is None or kept.layer.fetched is None:
-            raise RuntimeError("what a layer kept was read twice: a graph whose activations are in the host's memory gives gradients once")
-        torch.cuda.current_stream().wait_event(kept.layer.fetched)
-        back, kept.back = kept.back, None
-        self.pinned[(back.shape, back.stride(), back.dtype)].append(kept.host)
-        return back
 
 
 _before: list[tuple[Any, str, Any]] = []  # torch's settings as they were before `install`, the first one first
@@ -252,24 +152,35 @@ def settle(budget: float) -> None:
     _set(torch._dynamo.config, "specialize_float", True)
 
 
+def lenders(layers: list[nn.Module], share: float) -> list[nn.Module]:
+    """About this share of the layers, as far apart as can be, for what they keep to wait elsewhere: none of those whose turn in the
+    backward pass comes first, unless all lend, and none below the lowest trained one, which keep nothing."""
+    keeping = [layer for i, layer in enumerate(layers) if any(map(trains, layers[: i + 1]))]
+    return keeping if share == 1 else [layer for i, layer in enumerate(keeping[: -AHEAD - 1]) if i * share % 1 < share]
+
+
 def install(
-    layers: list[nn.Module], compile: bool, varying: bool, recompute: int, offload: bool, budget: float, chain: Chain | None = None,
+    layers: list[nn.Module], compile: bool, varying: bool, recompute: int, lent: float, budget: float, chain: Chain | None = None,
     ahead: bool = False,
-) -> None:  # fmt: skip
+) -> int:  # fmt: skip
     """Give the layers their regions; the first `recompute` of them are recomputed.
 
-    budget: as for `settle`. ahead: a graph for it is there already (`weft.step.twin`).
+    lent: the share of the layers that keep what they keep in the host's memory meanwhile. budget: as for `settle`. ahead: a graph for it is
+    there already (`weft.step.twin`).
+    Returns: how many layers lend.
     """
     if compile:
         settle(budget)
         if not ahead:
             torch._dynamo.reset()  # graphs of another budget
-    away = Offload() if offload else None
+    lend = {id(layer) for layer in lenders(layers, lent)}
+    offload = Offload(next(layers[0].parameters()).device, 1 if lent == 1 else AHEAD) if lend else None
     for i, layer in enumerate(layers):
-        region = Region(layer, compile, varying, i < recompute, away, chain)
+        region = Region(layer, compile, varying, i < recompute, offload, id(layer) in lend, chain)
         layer._compiled_call_impl = region
         if chain is not None:
             chain.regions.append(region)
+    return len(lend)
 
 
 def uninstall(layers: list[nn.Module], settings: bool = True) -> None:

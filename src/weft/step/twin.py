@@ -41,7 +41,7 @@ def begin(
         args, kwargs = _given(layer, loss)
         twin = _copy(model, layer, parameters)
         twins = dict(zip(layer.modules(), twin.modules(), strict=True))
-        return Ahead(Region(twin, True, varying, False, None), args, kwargs, inside.copied(twins))
+        return Ahead(Region(twin, True, varying, False), args, kwargs, inside.copied(twins))
     except Exception:  # not every module can be copied; what is wrong with the model itself the plain pass meets next
         logger.debug("no layer is compiled ahead", exc_info=True)
         return None

@@ -17,6 +17,7 @@ from weft.data import DataConfig
 from weft.methods import LoRA
 from weft.models import parse_base
 from weft.quant import FORMATS
+from weft.step.levels import amount
 
 
 @dataclass
@@ -72,7 +73,7 @@ class TrainConfig:
     """Successive steps that make a spike."""
     memory: float | str = "auto"
     """What the activations may take: "auto" spends what the card has free; a share of them from 0 (least memory, each layer computed
-    again in the backward pass) to 1 (most speed); or the bytes that the process may use on the card."""
+    again in the backward pass) to 1 (most speed); or what the process may take on the card: bytes, or "40GB"."""
     compile: bool | None = None
     """Compile the repeated layers. Null: on CUDA, where it takes some ten seconds once."""
     graphs: bool | None = None
@@ -176,8 +177,10 @@ def check(recipe: Recipe) -> list[str]:
     need(t.patience is None or t.patience > 0, f"train.patience: {t.patience} must be at least 1 (null: no early stop)")
     need(t.spike == 0 or t.spike > 1, f"train.spike: {t.spike} must be above 1 (0: no spike guard)")
     need(t.spike_steps > 0, f"train.spike_steps: {t.spike_steps} must be at least 1")
-    wrong_memory = t.memory != "auto" if isinstance(t.memory, str) else t.memory < 0
-    need(not wrong_memory, f'train.memory: {t.memory!r} is not "auto", a share from 0 to 1, nor a number of bytes')
+    try:
+        amount(t.memory)
+    except WeftError as error:
+        problems.append(str(error))
     need(t.log_every > 0, f"train.log_every: {t.log_every} must be at least 1")
     named = re.fullmatch(r"auto|cpu|cuda(:\d+)?|mps", t.device)
     need(bool(named), f'train.device: {t.device!r} is not "auto", "cpu", "cuda" or "cuda:1"')

@@ -1,0 +1,243 @@
+"""What layers keep waits in the host's memory: the same gradients, in time, with buffers used again. A CPU's streams do all at once."""
+
+import gc
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+
+import weft
+from tests.step.test_loss import rows
+from tests.step.test_twin import build as model_of
+from weft.core import WeftError
+from weft.data import pad
+from weft.step import fast as steps
+from weft.step import levels, offload, prepare
+from weft.step import regions as places
+from weft.step.offload import Offload
+from weft.step.regions import lenders
+
+CPU = torch.device("cpu")
+
+
+class Layer(nn.Module):
+    """A layer that keeps several tensors, one of them not dense, another a part of a larger one."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(width, 2 * width), nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = self.one(x).chunk(2, -1)
+        return x + self.two(torch.sin(a) * b.transpose(0, 1).contiguous().transpose(0, 1).exp().clamp(max=5))
+
+
+@pytest.fixture(autouse=True)
+def everything_moves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(offload, "LEAST", 1)
+
+
+@pytest.fixture
+def events(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, int]]]:
+    """What was copied and computed, in order: the layer's number with it."""
+    seen: list[tuple[str, int]] = []
+    numbers: dict[int, int] = {}
+    out, fetch = Offload._out, Offload._fetch
+
+    def number(away: Any) -> int:
+        return numbers.setdefault(id(away), len(numbers))
+
+    def leaving(self: Offload, t: Tensor, away: Any) -> Any:
+        seen.append(("out", number(away)))
+        return out(self, t, away)
+
+    def coming(self: Offload, away: Any) -> None:
+        if away.absent:
+            seen.append(("back", number(away)))
+        fetch(self, away)
+
+    monkeypatch.setattr(Offload, "_out", leaving)
+    monkeypatch.setattr(Offload, "_fetch", coming)
+    yield seen
+
+
+def through(layers: list[Layer], x: Tensor, how: Offload | None, lend: Callable[[int], bool]) -> Tensor:
+    for i, layer in enumerate(layers):
+        if how is None:
+            x = layer(x)
+        else:
+            with how.hooks(layer, lend(i)):
+                x = layer(x)
+    return x.square().mean()
+
+
+def gradients(layers: list[Layer]) -> list[Tensor]:
+    found = [p.grad.clone() for layer in layers for p in layer.parameters() if p.grad is not None]
+    for layer in layers:
+        layer.zero_grad()
+    assert len(found) == 4 * len(layers)
+    return found
+
+
+def build(n: int, width: int = 7) -> list[Layer]:
+    torch.manual_seed(3)
+    return [Layer(width) for _ in range(n)]
+
+
+@pytest.mark.parametrize(("n", "every"), [(1, 1), (3, 1), (9, 4), (5, 2)])
+def test_the_same_gradients(n: int, every: int) -> None:
+    layers, how = build(n), Offload(CPU, 2)
+    for shape in ((2, 5, 7), (3, 11, 7), (1, 1, 7)):
+        x = torch.randn(shape)
+        through(layers, x, None, bool).backward()
+        expected = gradients(layers)
+        for _ in range(2):
+            through(layers, x, how, lambda i: i % every == 0).backward()
+            assert all(map(torch.equal, gradients(layers), expected))
+
+
+def test_comes_back_so_many_layers_ahead(events: list[tuple[str, int]]) -> None:
+    layers, how = build(9), Offload(CPU, 2)
+    for i, layer in enumerate(layers):
+        layer.two.register_full_backward_hook(lambda m, gi, go, i=i: events.append(("turn", i)))  # type: ignore[misc]
+    through(layers, torch.randn(2, 5, 7), how, lambda i: i in (0, 4)).backward()
+    order = [e for e in events if e[0] != "out"]
+    assert [e for e in order if e[0] == "back"] == [("back", 1), ("back", 0)]
+    back = [order.index(("turn", 6)), order.index(("turn", 2))]
+    copies = [i for i, e in enumerate(order) if e[0] == "back"]
+    assert all(copy < turn for copy, turn in zip(copies, back, strict=True)), order  # with the turn of the layer two behind
+    assert copies[0] > order.index(("turn", 7)) and copies[1] > order.index(("turn", 3)), order  # and no earlier
+
+
+def test_nothing_of_the_layers_own_leaves(events: list[tuple[str, int]]) -> None:
+    layers, how = build(1), Offload(CPU)
+    x = torch.randn(4, 7)
+    own = {t.untyped_storage().data_ptr() for t in layers[0].parameters()}
+    seen: list[int] = []
+    out = how._out
+    how._out = lambda t, away: (seen.append(t.untyped_storage().data_ptr()), out(t, away))[1]  # type: ignore[method-assign]
+    through(layers, x, how, lambda i: True).backward()
+    assert seen and not own & set(seen)
+
+
+def test_memory_on_the_card_is_given_up() -> None:
+    """Between the two passes nobody holds what was lent, and after the second one nothing at all; no garbage collector is waited for."""
+    layers, how = build(6), Offload(CPU, 2)
+    made: list[StorageWeakRef] = []
+    for layer in layers:
+        layer.one.register_forward_hook(lambda m, args, out: made.append(StorageWeakRef(out.untyped_storage())))
+    gc.disable()
+    try:
+        loss = through(layers, torch.randn(2, 5, 7), how, lambda i: i in (0, 3))
+        how._gone()
+        assert [r.expired() for r in made] == [True, False, False, True, False, False]
+        loss.backward()
+        del loss
+        assert all(r.expired() for r in made)
+    finally:
+        gc.enable()
+
+
+def test_buffers_are_used_again_whatever_the_shape() -> None:
+    layers, how = build(4), Offload(CPU)
+    for n in (9, 16, 12, 10, 15, 9, 13):
+        through(layers, torch.randn(n, 7), how, lambda i: True).backward()
+        if n == 16:
+            most = how.bytes
+    assert how.bytes == most
+    loss = through(layers, torch.randn(9, 7), how, lambda i: True)
+    del loss  # no backward pass: its buffers are free all the same
+    assert how.bytes == most == sum(size * len(free) for size, free in how.pinned.items())
+
+
+def test_two_passes_before_their_backward_passes() -> None:
+    layers, how = build(5), Offload(CPU, 2)
+    a, b = torch.randn(3, 7), torch.randn(6, 7)
+    (through(layers, a, None, bool) + through(layers, b, None, bool)).backward()
+    expected = gradients(layers)
+    first, second = (through(layers, x, how, lambda i: i % 2 == 0) for x in (a, b))
+    (first + second).backward()
+    assert all(torch.allclose(x, y, rtol=1e-5, atol=1e-6) for x, y in zip(gradients(layers), expected, strict=True))
+
+
+def test_reading_twice_is_refused() -> None:
+    layers, how = build(2), Offload(CPU)
+    loss = through(layers, torch.randn(3, 7), how, lambda i: True)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="gives gradients once"):
+        loss.backward()
+
+
+def test_too_little_memory_in_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(offload, "free_in_host", lambda: 1000)
+    with pytest.raises(torch.OutOfMemoryError, match="host's memory"):
+        through(build(2), torch.randn(50, 7), Offload(CPU), lambda i: True)
+
+
+def test_what_is_free_in_the_host(tmp_path: Any) -> None:
+    assert 1 << 24 < offload.free_in_host() <= 1 << 62
+
+
+@pytest.mark.parametrize(("n", "share", "expected"), [
+    (32, 0.25, list(range(0, 32, 4))), (16, 0.25, [0, 4, 8, 12]), (7, 0.25, [0]), (3, 0.25, []), (32, 0.1, [0, 10, 20]),
+    (5, 1.0, [0, 1, 2, 3, 4]), (8, 0.0, []),
+])  # fmt: skip
+def test_which_layers_lend(n: int, share: float, expected: list[int]) -> None:
+    layers = build(n)
+    assert [layers.index(m) for m in lenders(list(layers), share)] == expected  # type: ignore[arg-type]
+
+
+def test_layers_without_a_backward_pass_lend_nothing() -> None:
+    layers = build(20)
+    for layer in layers[:10]:
+        layer.requires_grad_(False)
+    assert [layers.index(m) for m in lenders(list(layers), 0.25)] == [10, 14]  # type: ignore[arg-type]
+
+
+def test_levels() -> None:
+    assert [levels.lent(level) for level in (1.0, 0.75, 0.5, 0.1, 0.0)] == [0.0, 0.25, 0.0, 0.0, 1.0]
+    assert levels.kept(0.75, 0.25) == levels.kept(1.0, 0.0) == levels.MOST  # so that one graph is right for all layers
+    assert levels.kept(0.75, 0.0) == 0.75 and levels.kept(0.0, 1.0) == levels.AWAY and levels.kept(0.0, 0.0) == levels.THIN
+
+
+@pytest.mark.parametrize(("said", "meant"), [
+    ("auto", None), (0.3, 0.3), (1, 1.0), ("0.75", 0.75), (3e9, 3e9), ("40GB", 40e9), ("37.5 gib", 37.5 * 2**30), (" 512 MB", 512e6),
+])  # fmt: skip
+def test_amounts(said: Any, meant: float | None) -> None:
+    assert levels.amount(said) == meant
+
+
+@pytest.mark.parametrize("said", ["much", -1, "-1", "40 G", "GB", float("nan"), float("inf"), ""])
+def test_no_amounts(said: Any) -> None:
+    with pytest.raises(WeftError, match=r"train\.memory: .* is not .auto., a share"):
+        levels.amount(said)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", r"ignore:The \.grad attribute")
+def test_compiled_layers_lend(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A compiled step whose layers lend gives the gradients of one whose layers do not, though a CPU has nothing to gain by it."""
+    monkeypatch.setattr(places, "AHEAD", 0)
+    found = []
+    for lends in (False, True):
+        torch.manual_seed(5)
+        model = model_of()
+        parameters = weft.adapters.trainable(model, "default")
+        batch = pad(rows([9, 4, 7]))
+        if lends:
+            monkeypatch.setattr(steps, "lent", lambda level: 0.5)
+        fast = prepare(model, batch, parameters, compile=True, memory=1.0, varying=False, say=pytest.fail)
+        if lends:
+            fast.cuda = True
+            fast.install(0.75, True)
+            assert fast.lending and f"those of {fast.lending} layers in host memory" in fast.describe()
+        with torch.no_grad():
+            for p in parameters.values():
+                p += 0.1  # a B of zeros gives no A a gradient
+        fast.loss(batch).backward()
+        found.append([p.grad.clone() for p in parameters.values() if p.grad is not None])
+        fast.close()
+    assert len(found[0]) == len(found[1]) > 0
+    assert all(torch.allclose(x, y, rtol=1e-5, atol=1e-7) for x, y in zip(*found, strict=True))
