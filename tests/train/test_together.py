@@ -18,7 +18,7 @@ from torch._dynamo.utils import counters
 
 import weft
 from weft.methods import lora_rows
-from weft.train import Diverged, Interrupted, Recipe, load_recipes
+from weft.train import Diverged, Interrupted, Recipe, load_recipes, run_recipes
 
 
 @pytest.fixture(autouse=True)
@@ -180,6 +180,54 @@ def test_stopped_runs_go_on(tmp_path):
     for there, again in zip(weft.fit_together(tiny_run.model(), three(whole), tokenizer=tiny_run.tokenizer()), resumed, strict=True):
         for key, value in weights(there.adapter).items():
             assert (weights(again.adapter)[key] - value).norm() <= 1e-3 * value.norm(), key
+
+
+def stopped_at(name: str, event: str, step: int) -> Callable[[dict[str, Any]], None]:
+    """Ctrl-C at this event of that run."""
+
+    def stop(told: dict[str, Any]) -> None:
+        if told["event"] == event and told["name"] == name and told.get("step") == step:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    return stop
+
+
+def test_stopped_runs_on_padded_rows_go_on(tmp_path):
+    """`weft train` looks at the folders before there is a model that says whether rows can be packed."""
+    base = tmp_path / "base"
+    tiny_run.model().save_pretrained(base), tiny_run.tokenizer().save_pretrained(base)
+    recipes = [
+        tiny_run.recipe(tmp_path, name=n, output=str(tmp_path / n), model=str(base), train__steps=6, method=m)
+        for n, m in {"a": "DoRA", "b": "PromptTuning"}.items()
+    ]
+    with pytest.raises(Interrupted):
+        run_recipes(recipes, on_event=stopped_at("b", "step", 3))
+    other = [replace(r, data=replace(r.data, max_length=9)) for r in recipes]
+    with pytest.raises(weft.WeftError, match=r"another recipe:\n  data.max_length: None there, 9 here\nChoose"):
+        run_recipes(other)
+    results = run_recipes(recipes)
+    assert [r.steps for r in results] == [6, 6] and [h["step"] for h in results[1].history if "loss" in h] == [1, 2, 3, 4, 5, 6]
+    with pytest.raises(weft.WeftError, match="finished run"):
+        run_recipes(recipes)
+
+
+def test_a_run_that_was_over_is_not_trained_again(tmp_path):
+    """Neither when a longer one is stopped, nor when one is stopped that answers after it."""
+
+    def make() -> list[Recipe]:
+        common = {"eval__exact_match": True, "method__dropout": 0.0}
+        return [tiny_run.recipe(tmp_path, name=n, output=str(tmp_path / n), train__steps=s, **common) for n, s in {"a": 3, "b": 8}.items()]
+
+    for event in (("b", "step", 6), ("b", "step", 8)):
+        with pytest.raises(Interrupted, match=r"a after step 3: .*; b after step"):
+            weft.fit_together(tiny_run.model(), make(), tokenizer=tiny_run.tokenizer(), on_event=stopped_at(*event))
+        assert [p.name for p in (tmp_path / "a" / "checkpoints").iterdir()] == ["step-00000003"]
+        assert all(json.loads((tmp_path / n / "run.json").read_text())["status"] == "unfinished" for n in "ab")
+    said: list[dict[str, Any]] = []
+    results = weft.fit_together(tiny_run.model(), make(), tokenizer=tiny_run.tokenizer(), on_event=said.append)
+    assert [r.steps for r in results] == [3, 8] and all(r.exact_match is not None for r in results)
+    assert not [e for e in said if e["event"] == "step"], "both were over"
+    assert [h["step"] for h in results[0].history if "loss" in h] == [1, 2, 3]
 
 
 @pytest.mark.parametrize("packing", [False, True])

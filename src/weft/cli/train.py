@@ -95,7 +95,11 @@ def run(args: argparse.Namespace) -> int:
         print("---\n".join(map(dump_recipe, recipes)), end="")
         return 0
     if len(recipes) > 1:
-        run_recipes(recipes, resume=args.resume, overwrite=args.overwrite)
+        results = run_recipes(recipes, resume=args.resume, overwrite=args.overwrite)
+        losses = {r.adapter: r.eval_loss for r in results if r.eval_loss is not None}
+        if losses and recipes[0].train.progress != "off":
+            best = min(losses, key=lambda folder: losses[folder])
+            say(f"the lowest eval loss is that of {best.name}; try it: weft generate --adapter {best}")
         return 0
     recipe = recipes[0]
     result = run_recipe(recipe, resume=args.resume, overwrite=args.overwrite)

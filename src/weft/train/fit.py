@@ -103,7 +103,7 @@ def fit(
                 tell({"event": "start", "step": run.state.step, "steps": run.steps})
                 train(run)
                 show.text(run.pace.describe(run.speed(), run.fast.compile_seconds))
-                result = finish(run, data, tokenizer, output)
+                result = finish(run, output, *figures(run, data, tokenizer))
             except Diverged as e:
                 raise _advice(e, run) from e
             finally:
@@ -209,8 +209,8 @@ def on_card_of(model: nn.Module) -> AbstractContextManager[Any]:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
-def finish(run: Run, data: RunData, tokenizer: Any, output: Output) -> Result:
-    """The last adapter or the best one: answer, save, and count."""
+def figures(run: Run, data: RunData, tokenizer: Any) -> tuple[dict[str, Any], list[tuple[str, str, str]]]:
+    """The last adapter or the best one takes its place and answers: the run's final figures, and the answers of the exact match, if any."""
     recipe, state = run.recipe, run.state
     run.take_best()
     match: Match | None = None
@@ -218,16 +218,19 @@ def finish(run: Run, data: RunData, tokenizer: Any, output: Output) -> Result:
         e = recipe.eval
         match = run.last(lambda between: exact_match(run.model, tokenizer, data.held, e.max_new_tokens, e.batch, between, recipe.data))
     best = state.best if recipe.train.patience is not None else {}
-    figures = best or state.last
-    seconds = run.seconds()
+    losses = best or state.last
     numbers: dict[str, Any] = {
         "steps": state.step, "best_step": int(best["step"]) if best else None, "stopped": "end" if state.step >= run.steps else "patience",
-        "train_loss": figures.get("train_loss"), "eval_loss": figures.get("eval_loss"), "exact_match": match.share if match else None,
-        "seconds": round(seconds, 3), "tokens": state.tokens, "tokens_per_s": round(run.speed(), 1),
+        "train_loss": losses.get("train_loss"), "eval_loss": losses.get("eval_loss"), "exact_match": match.share if match else None,
+        "seconds": round(run.seconds(), 3), "tokens": state.tokens, "tokens_per_s": round(run.speed(), 1),
         "parameters": sum(p.numel() for p in run.parameters.values()),
     }  # fmt: skip
+    return numbers, match.answers if match else []
+
+
+def finish(run: Run, output: Output, numbers: dict[str, Any], answers: list[tuple[str, str, str]]) -> Result:
+    """Save the adapter and mark the run as finished."""
     size = output.finish(run.adapter, numbers)
-    answers = match.answers if match else []
     return Result(adapter=output.folder, adapter_bytes=size, history=list(run.metrics.history), answers=answers, **numbers)
 
 
@@ -242,9 +245,9 @@ def _advice(e: Diverged, run: Run) -> Diverged:
 def describe_plan(run: Run) -> str:
     """What a run is about to do, for the user."""
     c, s = run.config, run.state
+    epochs = f"{run.micro / max(len(run.batches), 1):.3g}"
     text = (
-        f"{run.steps} step{'s' * (run.steps != 1)} ({run.micro / max(len(run.batches), 1):.3g} epochs of "
-        f"{ceil(len(run.batches) / c.accumulate)}), "
+        f"{run.steps} step{'s' * (run.steps != 1)} ({epochs} epoch{'s' * (epochs != '1')} of {ceil(len(run.batches) / c.accumulate)}), "
         f"up to {c.tokens * c.accumulate:,} tokens a step, {c.schedule} learning rate with a peak of {run.peak:g}, on {run.device}\n"
         f"{run.batches.describe()}"
     )

@@ -14,7 +14,7 @@ import platform
 import shutil
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -41,16 +41,18 @@ WHERE_ONLY = ("output", "train.progress", "train.threads")  # settings that do n
 class Output:
     """The output folder of one run, locked while it is open.
 
-    Nothing in it is touched before `begin`; what stands there is examined first.
+    Nothing in it is touched before `begin`; what stands there is examined first. `undecided` are settings that may still change, and
+    are not compared with those of a run that is there.
 
     Raises:
         WeftError: the folder holds a finished run, a run of another recipe, or files that no run wrote; or another process is writing.
     """
 
-    def __init__(self, recipe: Recipe, resume: str = "auto", overwrite: bool = False) -> None:
+    def __init__(self, recipe: Recipe, resume: str = "auto", overwrite: bool = False, undecided: Sequence[str] = ()) -> None:
         if resume not in ("auto", "never"):
             raise WeftError(f"resume={resume!r}: expected 'auto' (go on with an unfinished run of the same recipe) or 'never'")
         self.folder, self.recipe, self.overwrite = Path(recipe.output), recipe, overwrite
+        self.passed_over = (*WHERE_ONLY, *undecided)
         self.checkpoints = self.folder / "checkpoints"
         self.lock: int | None = None
         self.resumed = False if overwrite else self._examine(resume)
@@ -94,7 +96,7 @@ class Output:
 
     def _differences(self, run: Mapping[str, Any]) -> list[str]:
         there, here = flat(run.get("recipe", {})), flat(to_dict(self.recipe))
-        keys = [k for k in [*there, *(k for k in here if k not in there)] if k not in WHERE_ONLY]
+        keys = [k for k in [*there, *(k for k in here if k not in there)] if k not in self.passed_over]
         return [f"{k}: {there.get(k)!r} there, {here.get(k)!r} here" for k in keys if there.get(k) != here.get(k)]
 
     def begin(self, facts: Mapping[str, Any]) -> Path | None:

@@ -159,7 +159,7 @@ class Run:
         s.step, s.micro, (s.epoch, s.index) = s.step + 1, s.micro + len(group), self.position
         s.tokens += sum(b.n_tokens for b in group)
         self.pace.took(group)
-        if self.profile is not None and (table := self.profile.step(s.step, self.over())):
+        if self.profile is not None and (table := self.profile.step(self.over())):
             self.tell({"event": "note", "text": table})
         self.guard.watch(s.step, loss, norm)
         log = s.step % self.config.log_every == 0 or s.step == self.steps
@@ -287,7 +287,7 @@ class Run:
         return self._interruptible(lambda: work(self._between))
 
     def close(self) -> None:
-        """Let go of files and of the adapter's flat buffer."""
+        """Let go of files, of the profiler and of the adapter's flat buffer."""
         if self.first is not None:
             for handle in self.first.handles:
                 handle.remove()
@@ -295,4 +295,6 @@ class Run:
             self.fast.close()
         if hasattr(self, "metrics"):
             self.metrics.close()
+        if self.profile is not None:
+            self.profile.close()
         self.flat.release()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -86,21 +87,31 @@ class Profile:
     """A trace of a few steps, and a table of its longest parts."""
 
     def __init__(self, folder: Path, cuda: bool) -> None:
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's library writes lines of its own between ours
         self.folder = folder
         self.seen = profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * cuda)
         self.key = "self_device_time_total" if cuda else "self_cpu_time_total"
         self.running = False
+        self.steps = 0  # of this part of the run: one that goes on compiles and fills its caches anew
 
-    def step(self, number: int, last: bool) -> str | None:
-        """After step `number`; the table once it is there."""
-        if number == FIRST - 1 or (number == 1 and last):
+    def step(self, last: bool) -> str | None:
+        """After a step; the table once it is there, or why there will be none."""
+        self.steps += 1
+        if self.running and (self.steps == LAST or last):
+            self.close()
+            return self._write()
+        if self.steps == FIRST - 1 and not last:
             self.seen.start()
             self.running = True
-        elif self.running and (number == LAST or last):
+        elif last and self.steps < FIRST:
+            return f"there is no profile: it is of steps {FIRST} to {LAST}, and this run took {self.steps}"
+        return None
+
+    def close(self) -> None:
+        """Stop, if it runs: torch breaks the process off at its end otherwise."""
+        if self.running:
             self.seen.stop()
             self.running = False
-            return self._write()
-        return None
 
     def _write(self) -> str:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -108,8 +119,8 @@ class Profile:
         total: Counter[str] = Counter()
         for event in self.seen.key_averages():
             total[event.key[:80]] += getattr(event, self.key)
-        whole = sum(total.values()) or 1
-        lines = [f"{time_ / 1e3 / (LAST - FIRST + 1):10.2f} ms  {time_ / whole:6.1%}  {name}" for name, time_ in total.most_common(20)]
+        whole, steps = sum(total.values()) or 1, self.steps - FIRST + 1
+        lines = [f"{time_ / 1e3 / steps:10.2f} ms  {time_ / whole:6.1%}  {name}" for name, time_ in total.most_common(20)]
         text = "\n".join([f"where a step's time goes ({self.folder / 'trace.json'} has all of it)", *lines])
         (self.folder / "table.txt").write_text(text + "\n", encoding="utf-8")
         return text

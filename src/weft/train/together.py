@@ -23,7 +23,7 @@ from weft.methods.lora_init import ELSEWHERE
 from weft.models import load_tokenizer
 from weft.step import Fast, prepare
 from weft.train import start
-from weft.train.fit import Result, RunData, adapted, describe_plan, facts, finish, on_card_of, with_threads
+from weft.train.fit import Result, RunData, adapted, describe_plan, facts, figures, finish, on_card_of, with_threads
 from weft.train.guard import Diverged, Interrupted, Signals
 from weft.train.loop import update
 from weft.train.output import Output
@@ -54,6 +54,8 @@ def train_together(runs: Sequence[Run], fast: Fast, lost: dict[str, Diverged]) -
         for (run, group), loss in zip(steps, losses, strict=True):
             try:
                 update(run, group, loss)
+                if run.over():
+                    run.save()  # the others may take hours yet, and what stops them must not take this one along
             except Diverged as e:
                 lost[run.recipe.name] = e
 
@@ -97,7 +99,8 @@ def run_recipes(
 ) -> list[Result]:
     """Load the recipes' one base and `fit_together`: what `weft train` does with a recipe that has `runs`."""
     _alike([checked(r) for r in recipes])
-    outputs = [Output(r, resume, overwrite) for r in recipes]  # a folder that cannot be used is told before a large base is loaded
+    # A folder that cannot be used is told before a large base is loaded; whether rows are packed is known when it is there.
+    outputs = [Output(r, resume, overwrite, undecided=("data.packing",)) for r in recipes]
     first, model = recipes[0], start.load(recipes, outputs)
     return fit_together(model, recipes, tokenizer=load_tokenizer(first.model), resume=resume, overwrite=overwrite, on_event=on_event)
 
@@ -141,6 +144,8 @@ def fit_together(
             after.callback(output.close)
             after.callback(run.close)
             runs.append(run)
+        for run in sorted((r for r in runs if r.profile), key=lambda r: -r.steps)[1:]:
+            run.profile = None  # a process has one profiler, and a step is that of all runs
         for run in runs:  # each adapted let its own adapter alone require gradients
             for p in run.parameters.values():
                 p.requires_grad_(True)
@@ -150,14 +155,16 @@ def fit_together(
             run.tell({"event": "start", "step": run.state.step, "steps": run.steps})
         shared = _teller("all runs", Show("off" if first.train.progress == "off" else "lines", name="all runs"), on_event)
         after.callback((fast := prepared(runs, shared)).close)
+        found: list[tuple[Run, Output, tuple[Any, Any]]] = []
         try:
             train_together(runs, fast, lost)
             for run, output, d in zip(runs, outputs, data, strict=True):
                 if run.recipe.name not in lost:
                     with weft.adapters.using(model, run.recipe.name):
-                        results.append(finish(run, d, tokenizer, output))
+                        found.append((run, output, figures(run, d, tokenizer)))
+            results = [finish(run, output, *figured) for run, output, figured in found]  # all or none: a finished one is not gone on with
         except Interrupted as e:
-            kept = [run for run in runs if run.state.step and run.recipe.name not in lost and not run.over()]
+            kept = [run for run in runs if run.state.step and run.recipe.name not in lost]
             for run in kept:
                 run.save()
             told = "; ".join(f"{run.recipe.name} after step {run.state.step}: {run.saved}" for run in kept)
