@@ -18,6 +18,7 @@ from weft.core import (
     Site,
     WeftError,
     activate,
+    check_open,
     close_site,
     is_linear,
     is_sharded,
@@ -72,6 +73,8 @@ def build(model: nn.Module, method: Method, strict: bool = True) -> dict[str, Ad
 def attach(model: nn.Module, built: dict[str, Adapter], name: str) -> None:
     """Give built adapters to a model under a name, and let them alone work."""
     everything = dict(modules(model))
+    for path in built:  # before anything is attached
+        check_open(everything[path], path)
     if not any(isinstance(m, Site) for m in everything.values()):
         model.requires_grad_(False)
     for path, adapter in built.items():

@@ -178,18 +178,24 @@ def base_class(module: object) -> type:
 
 def open_site(module: nn.Module, path: str = "") -> Site:
     """Give a module the slot. Does nothing to a module that has one."""
+    check_open(module, path)
     if isinstance(module, Site):
         return module
-    if "forward" in module.__dict__:
-        raise WeftError(
-            f"{path or type(module).__name__}: its forward was replaced on the object itself (accelerate's device_map does this), so "
-            f"an adapter here would never be called. Load the model without device_map, or call model.to(device) instead."
-        )
     module.register_module(SLOT, Slot())
     module.__class__ = _site_class(type(module))
     site = cast(Site, module)
     _set(site, (), None)
     return site
+
+
+def check_open(module: nn.Module, path: str = "") -> None:
+    """Raise WeftError unless a module is a site or can become one."""
+    if not isinstance(module, Site) and "forward" in module.__dict__:
+        raise WeftError(
+            f"{path or type(module).__name__}: its forward was replaced on the object itself (accelerate's device_map does this, and "
+            f"weft.step.prepare until it is closed), so an adapter here would never be called. Load the model without device_map and call "
+            f"model.to(device) instead, or close() the prepared step first."
+        )
 
 
 def close_site(site: Site) -> None:

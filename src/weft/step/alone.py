@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from types import MethodType
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from torch.nn import functional as F
 from weft.kernels.low_rank_linear import low_rank_linear
 from weft.kernels.stacked import padded
 from weft.step.gated import factors, finished, usual
+from weft.step.placed import forward_of, take
 from weft.step.stackable import plain
 
 
@@ -39,12 +39,12 @@ def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
 
 def install(layers: Iterable[nn.Module]) -> None:
     for layer in layers:
-        layer.forward = MethodType(_forward, layer)  # one function for all of a kind, so that all layers share one compiled graph
+        forward_of(layer, _forward)
 
 
 def uninstall(layers: Iterable[nn.Module]) -> None:
     for layer in layers:
-        vars(layer).pop("forward", None)
+        take(layer, "forward")
 
 
 def named(layers: Mapping[nn.Module, str]) -> str:

@@ -6,14 +6,17 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import wraps
 from itertools import accumulate, pairwise
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from weft.core import Adapter
+from weft.core import Adapter, WeftError
 from weft.step.routing import routed
+
+P, T = ParamSpec("P"), TypeVar("T")
 
 # ‖fast - plain‖ / ‖plain‖: of the loss, of all gradients together, and of one parameter's gradient. In fp32 only the order of sums
 # differs. In 16 bit every layer rounds, and the two paths round elsewhere: gradients lie 0.05 apart for 16 layers of random weights, 0.12
@@ -100,6 +103,35 @@ def differences(
     found = (f"loss within {losses:.1e} (bound {limits[0]:g}), gradients within {total:.1e} ({limits[1]:g}), "
              f"the worst one within {worst:.1e} ({limits[2]:g})")  # fmt: skip
     return found, wrong
+
+
+@contextmanager
+def as_stored(model: nn.Module, batch: Any) -> Iterator[None]:
+    """Within it the base computes in the dtype that it is stored in: the fast step's operations are made for that, and so is their check.
+
+    In 16 bit that is what `torch.autocast` is for, so it is off meanwhile. WeftError where autocast is on and the base in fp32.
+    """
+    device = batch.input_ids.device.type
+    if not torch.is_autocast_enabled(device):
+        yield
+        return
+    if bounds(model, False)[0] == "fp32":
+        raise WeftError(
+            "torch.autocast is on and the base is in fp32, in which the fast step would compute: load the base in bf16 instead"
+        )
+    with torch.autocast(device, enabled=False):
+        yield
+
+
+def stored(function: Callable[Concatenate[nn.Module, Any, P], T]) -> Callable[Concatenate[nn.Module, Any, P], T]:
+    """A function of a model and a batch, `as_stored`."""
+
+    @wraps(function)
+    def within(model: nn.Module, batch: Any, *args: P.args, **kwargs: P.kwargs) -> T:
+        with as_stored(model, batch):
+            return function(model, batch, *args, **kwargs)
+
+    return within
 
 
 @contextmanager

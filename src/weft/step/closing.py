@@ -7,7 +7,6 @@ five tensors of them at once where the step's memory is at its peak.
 from __future__ import annotations
 
 import logging
-from types import MethodType
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from torch.nn import functional as F
 
 from weft.core import FAILS, is_sharded
 from weft.step.gated import touched
+from weft.step.placed import forward_of, take
 
 logger = logging.getLogger("weft")
 NEAR = {torch.float32: 1e-5, torch.bfloat16: 2**-6, torch.float16: 2**-9}  # by how much two roundings may lie apart, of a number
@@ -64,9 +64,9 @@ def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
 
 def install(norm: nn.Module | None) -> None:
     if norm is not None:
-        norm.forward = MethodType(_forward, norm)
+        forward_of(norm, _forward)
 
 
 def uninstall(norm: nn.Module | None) -> None:
     if norm is not None:
-        vars(norm).pop("forward", None)
+        take(norm, "forward")

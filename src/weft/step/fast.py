@@ -34,12 +34,13 @@ from weft.kernels.scratch import release
 from weft.quant import QuantLinear
 from weft.step import early, elide, twin
 from weft.step.capture import able, remember
-from weft.step.check import active_dropout, bounds, differences, measure, pieces, recomputes, stirred
+from weft.step.check import active_dropout, as_stored, bounds, differences, measure, pieces, recomputes, stirred, stored
 from weft.step.fp8 import BOUND, narrowable, watched
 from weft.step.graph import Chain, brief
 from weft.step.inside import Inside
 from weft.step.levels import LEVELS, RECOMPUTE, Memory, amount, fitting, kept, lent
 from weft.step.loss import Batch, fusible, loss_sum, loss_sums, unmaskable
+from weft.step.placed import STEP, close_earlier, ended, put, take
 from weft.step.regions import install, repeated, settle, uninstall
 from weft.step.routing import each, routed
 from weft.step.warming import card, warm
@@ -75,12 +76,12 @@ class Fast:
 
     def loss(self, batch: Batch) -> Tensor:
         """Sum of the cross-entropies of a micro-batch, () fp32."""
-        with self.inside.working(), elide.only(self.tail, batch):
+        with as_stored(self.model, batch), self.inside.working(), elide.only(self.tail, batch):
             return loss_sum(self.model, batch, self.head, unmasked=self.unmasked)
 
     def losses(self, batch: Batch, counts: Sequence[int]) -> list[Tensor]:
         """The same for each owner of a batch, as `loss_sums` counts them. Call it, and the backward pass, within `routed(batch)`."""
-        with self.inside.working():
+        with as_stored(self.model, batch), self.inside.working():
             return loss_sums(self.model, batch, counts, self.head, unmasked=self.unmasked)
 
     def routed(self, batch: Batch) -> AbstractContextManager[None]:
@@ -96,8 +97,9 @@ class Fast:
             share, recompute = 1.0, len(self.layers) if level < RECOMPUTE else round((1 - level) * len(self.layers))
         self.lending = 0
         self.close()
+        put(self.model, **{STEP: self})
         for layer in self.narrow.values():
-            layer.narrow = True
+            put(layer, narrow=True)
         if self.compiled:
             self.inside.install()
         if self.graphs and self.compiled and not away:
@@ -112,13 +114,15 @@ class Fast:
         return self.chain is not None and bool(self.chain.graphs)
 
     def close(self) -> None:
+        if not ended(self.model, self):
+            return
         uninstall(self.layers)
         if self.chain is not None:
             self.chain.close()
             self.chain = None
         self.inside.uninstall()
         for layer in narrowable(self.model, everywhere=True).values():
-            layer.narrow = False
+            take(layer, "narrow")
 
     def less(self) -> str:
         """Take the most daring of what is inside of the layers out of them; says what, or nothing."""
@@ -149,6 +153,7 @@ class Fast:
         return "step: " + ", ".join(parts)
 
 
+@stored
 def prepare(
     model: nn.Module, batch: Batch, parameters: Mapping[str, nn.Parameter], *, memory: Memory = "auto", compile: bool | None = None,
     fp8: bool | None = None, graphs: bool | None = None, varying: bool = True, self_check: bool = True,
@@ -169,9 +174,10 @@ def prepare(
             `memory`. Gradients then come by `backward()`.
         self_check: compare with the plain path. say: where a fall-back is told.
     Raises:
-        WeftError: the micro-batch does not fit even with the least memory; a memory setting of no sense.
+        WeftError: the micro-batch does not fit even with the least memory; a memory setting of no sense; autocast on an fp32 base.
     """
     share = amount(memory)
+    close_earlier(model)
     device, layers = batch.input_ids.device, repeated(model)
     cuda = device.type == "cuda"
     compiled = (cuda if compile is None else compile) and bool(layers)

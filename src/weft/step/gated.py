@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from types import MethodType
 from typing import Any, cast
 
 import torch
@@ -16,6 +15,7 @@ from weft.kernels.gated_stacked import gated_stacked
 from weft.kernels.keep import keep
 from weft.methods.dora import DecomposedLinear
 from weft.methods.lora_linear import LowRank
+from weft.step.placed import forward_of, take
 
 Way = Callable[[Any, Tensor], Tensor]
 MAPS = ("gate_proj", "up_proj", "down_proj")
@@ -113,9 +113,9 @@ def finished(layer: Any, c: Tensor | None, y: Tensor) -> Tensor:
 
 def install(mlps: Mapping[nn.Module, Way]) -> None:
     for mlp, way in mlps.items():
-        mlp.forward = MethodType(way, mlp)  # one function for all of a kind, so that all layers share one compiled graph
+        forward_of(mlp, way)
 
 
 def uninstall(mlps: Iterable[nn.Module]) -> None:
     for mlp in mlps:
-        vars(mlp).pop("forward", None)
+        take(mlp, "forward")

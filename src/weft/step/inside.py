@@ -9,7 +9,9 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from weft.core import WeftError
 from weft.step import alone, closing, gated, stacked
+from weft.step.check import recomputes
 from weft.step.stackable import stacks
 
 
@@ -19,6 +21,7 @@ class Inside:
     stacks: dict[nn.Module, stacked.Stack] = field(default_factory=dict)  # modules of whose layers some are one product
     lone: dict[nn.Module, str] = field(default_factory=dict)  # layers in none of them that are one operation, and their names
     norm: nn.Module | None = None  # behind the last layer, as one kernel
+    layers: Sequence[nn.Module] = ()  # those that the model does not compute again by itself
 
     @classmethod
     def of(cls, model: nn.Module, layers: Sequence[nn.Module], narrow: Collection[nn.Module], kernels: bool) -> Inside:
@@ -26,7 +29,8 @@ class Inside:
         mlps = gated.gated_mlps(model) if kernels else {}
         groups = stacks(model, mlps, narrow)
         taken = [layer for s in groups.values() for layer in s.layers] + [m for mlp in mlps for m in mlp.children()]
-        return cls(mlps, groups, alone.lone(layers, taken), closing.closing(model, list(layers)) if kernels else None)
+        norm = closing.closing(model, list(layers)) if kernels else None
+        return cls(mlps, groups, alone.lone(layers, taken), norm, () if recomputes(model) else layers)
 
     def install(self) -> None:
         self.stacks = {m: stack for m, stack in self.stacks.items() if stack.able()}  # a layer too far off in fp8 leaves its group alone
@@ -42,7 +46,11 @@ class Inside:
         gated.uninstall(self.mlps)
 
     def working(self) -> AbstractContextManager[None]:
-        """Around every forward pass."""
+        """Around every forward pass. WeftError where the model has begun to compute its layers again by itself."""
+        if any(getattr(layer, "gradient_checkpointing", False) for layer in self.layers):
+            raise WeftError(
+                "gradient checkpointing was turned on after weft.step.prepare: turn it on before, or leave it to prepare(..., memory=0)"
+            )
         return stacked.working(self.stacks)
 
     def give_up(self) -> str:

@@ -60,7 +60,7 @@ def loss_sums(
     Of a packed batch, the first `counts[0]` tokens that have a target. None: all are one owner's.
     """
     dim = 0 if batch.cu_seqlens is None else 1
-    if head is None:
+    if head is None or not _bare(model, head):  # as it is now
         logits, targets = _logits(model, batch, unmasked)
         if logits.dtype in (torch.bfloat16, torch.float16):
             logits = logits.float()
@@ -82,16 +82,25 @@ def fusible(model: nn.Module) -> nn.Linear | None:
 
     Found by trying: with a head that hands its input on, the model must return that very tensor.
     """
-    find = getattr(_inner(model), "get_output_embeddings", None)
-    head = find() if find is not None else None
-    if not isinstance(head, nn.Linear) or getattr(head, "plan", None) is not None or not head.weight.is_floating_point():
-        return None
-    if head.weight.requires_grad or head.weight.is_meta or head._forward_hooks or head._forward_pre_hooks:
+    head = _head(model)
+    if not isinstance(head, nn.Linear) or head.weight.is_meta or not _bare(model, head):
         return None
     ids = torch.zeros(1, 2, dtype=torch.int64, device=head.weight.device)
     with _trying(model), _passing(head) as seen:
         out = _tensor(model(ids, **_uncached(model)))
     return head if len(seen) == 1 and out is seen[0] else None
+
+
+def _head(model: nn.Module) -> Any:
+    find = getattr(_inner(model), "get_output_embeddings", None)
+    return find() if find is not None else None
+
+
+def _bare(model: nn.Module, head: nn.Linear) -> bool:
+    """Whether it is the model's head, with nothing on it that would be passed by, and frozen numbers."""
+    bare = getattr(head, "plan", None) is None and not (head._forward_hooks or head._forward_pre_hooks)
+    numbers = head.weight.is_floating_point() and not head.weight.requires_grad
+    return bare and numbers and _head(model) is head
 
 
 def tried(model: nn.Module) -> None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Container, Iterator, Mapping
 from contextlib import contextmanager
-from types import MethodType
 from typing import Any, cast
 
 import torch
@@ -25,6 +24,7 @@ from weft.kernels.stacked import EIGHT, padded, stacked
 from weft.kernels.stacked_added import FUSED, stacked_added
 from weft.quant import QuantLinear
 from weft.step.gated import STACK, factors, finished, usual
+from weft.step.placed import apart, forward_of, in_one_piece, put, take
 
 
 class Stack:
@@ -52,7 +52,9 @@ class Stack:
             self.rows = self.W.new_empty(self.rank, self.W.shape[1], dtype=self.layers[0].dtype)
         elif added:
             self.W = self._gather("weight", self.rank, self.rank)
-            self.handles = [layer.register_state_dict_post_hook(_in_one_piece) for layer in self.layers]
+            for layer in self.layers:  # their rows do not lie end to end
+                put(layer)
+                self.handles.append(layer.register_state_dict_post_hook(in_one_piece))
             return
         else:
             self.W = self._gather("weight", self.rank)
@@ -69,6 +71,7 @@ class Stack:
         places = whole[: sum(self.outs), : tensors[0].shape[1]].split(self.outs)
         for layer, tensor, place in zip(self.layers, tensors, places, strict=True):
             place.copy_(tensor.data)
+            place = apart(place)
             self.held.append((layer, name, tensor, place.data_ptr()))  # first: whoever is interrupted here finds what was moved
             tensor.data = place
         return whole
@@ -77,8 +80,11 @@ class Stack:
         for _, _, tensor, place in self.held:
             if tensor.data_ptr() == place:
                 tensor.data = tensor.data.clone(memory_format=torch.contiguous_format)
+        for layer in self.layers if self.handles else ():
+            take(layer)
         for handle in self.handles:
             handle.remove()
+        self.handles = []
         self.W, self.scale, self.rows, self.held, self.tails = None, None, None, [], []
 
     def drop(self) -> None:
@@ -92,12 +98,12 @@ class Stack:
         return all(layer.narrow for layer in self.layers) if self.fp8 else True
 
     def valid(self) -> bool:
-        """Whether the same adapters work on the same weights as when it was installed, and drop nothing now."""
+        """Whether the same adapters work on the same frozen weights as when it was installed, and drop nothing now."""
         return (
             self.W is not None
             and all(getattr(layer, "plan", None) is plan for layer, plan in zip(self.layers, self.plans, strict=True))
             and all(usual(layer) for layer, plan in zip(self.layers, self.plans, strict=True) if plan is not None)
-            and all(getattr(layer, name) is tensor and tensor.data_ptr() == place for layer, name, tensor, place in self.held)
+            and all(getattr(layer, name) is t and t.data_ptr() == place and not t.requires_grad for layer, name, t, place in self.held)
         )
 
     def masters(self) -> list[Tensor]:
@@ -146,11 +152,6 @@ class Stack:
         return [EIGHT] * (pieces - 1) + [self.rank - EIGHT * (pieces - 1)]
 
 
-def _in_one_piece(layer: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
-    """What saves a model takes weights for contiguous."""
-    state[f"{prefix}weight"] = state[f"{prefix}weight"].contiguous()
-
-
 class Stand:
     """A module as its own forward sees it: its layers hand out their parts of one product."""
 
@@ -189,18 +190,17 @@ def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
 def install(stacks: Mapping[nn.Module, Stack], mlps: Container[nn.Module]) -> None:
     """mlps: those that see for themselves (`weft.step.gated`)."""
     for module, stack in stacks.items():
-        vars(module)[STACK] = stack
+        put(module, **{STACK: stack})
         stack.install(module not in mlps)
         if module not in mlps:
-            module.forward = MethodType(_forward, module)  # one function for all of a kind, so that all layers share one compiled graph
+            forward_of(module, _forward)
     _tidy(stacks)
 
 
 def uninstall(stacks: Mapping[nn.Module, Stack]) -> None:
     installed = {module: stack for module, stack in stacks.items() if STACK in vars(module)}
     for module, stack in installed.items():
-        del vars(module)[STACK]
-        vars(module).pop("forward", None)
+        take(module, STACK, "forward")
         stack.uninstall()
     _tidy(installed)
 
