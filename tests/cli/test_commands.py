@@ -197,6 +197,16 @@ def test_chat_forgets_the_oldest_when_the_context_is_full(conversation: Conversa
     assert conversation.said[-2]["content"].startswith("3 ") and len(conversation.said) < 8
 
 
+def test_chat_goes_on_after_a_line_that_does_not_fit(conversation: Conversation, capsys: pytest.CaptureFixture[str]) -> None:
+    conversation.take("hello")
+    before = list(conversation.said)
+    for line in ("/compare", "x" * 200, "/compare", "x" * 200):
+        assert conversation.take(line) and conversation.said == before
+    captured = capsys.readouterr()
+    assert captured.err.count("does not fit: this model takes 160") == 2 and "left out" not in captured.err and "base:" not in captured.out
+    assert conversation.take("and now?") and len(conversation.said) == 4
+
+
 def test_ctrl_c_stops_the_answer_and_keeps_what_was_said(conversation: Conversation, capsys: pytest.CaptureFixture[str]) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job starts with Ctrl-C ignored
     speaker = conversation.speaker

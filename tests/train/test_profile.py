@@ -1,4 +1,4 @@
-"""`train.profile`: a trace and a table of a few steps, whatever becomes of the run. A fault here ends the process, so runs have their own."""
+"""`train.profile`: a trace and a table of a few steps, whatever becomes of the run. A fault here ends a process, so runs have their own."""
 
 from __future__ import annotations
 

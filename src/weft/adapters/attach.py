@@ -48,6 +48,9 @@ def adapt(model: Model, method: Method, name: str = "default") -> Model:
 
 def build(model: nn.Module, method: Method, strict: bool = True) -> dict[str, Adapter]:
     """The adapters that `method` makes for a model, by path, attached to nothing yet. Under `torch.device("meta")` only their shapes."""
+    if not isinstance(model, nn.Module) or not isinstance(method, Method):
+        given = f"a {type(model).__name__} and " + (f"the class {method.__name__}" if isinstance(method, type) else f"{method!r:.60}")
+        raise WeftError(f"an adapter takes a model and a method, as in weft.adapt(model, weft.LoRA(rank=8)); it was given {given}")
     saved = whole(model, method, strict)
     targets = {p: m for p, m in find(model, method, strict).items() if p not in saved}
     everything = dict(modules(model))

@@ -198,6 +198,8 @@ class _Weights:
             return
         folder = Path(_folder(source))
         self.what = str(source)
+        if (folder / "adapter_config.json").is_file():
+            raise WeftError(f"{source} holds an adapter already, and two models are compared: name the folder of a whole one")
         if _packed(folder):
             raise WeftError(
                 f"{source} is packed, and what packing lost would be taken for training: name the model in 16 bits that it was made from, "

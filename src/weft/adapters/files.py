@@ -75,7 +75,10 @@ def write(model: nn.Module, adapters: Mapping[str, Adapter], folder: str | os.Pa
     if config["task_type"] is None:
         config["auto_mapping"] = {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
     target = Path(folder)
-    target.mkdir(parents=True, exist_ok=True)
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise WeftError(f"{target} cannot be a folder for an adapter ({e.strerror}): choose another") from e
     state = tensors(adapters, format) | format.give(own)
     data = encoded(state, method, format.noted)
     readme = target / "README.md"

@@ -12,9 +12,9 @@ import torch
 from transformers.generation.streamers import BaseStreamer
 
 import weft.adapters
-from weft.cli.common import room
 from weft.core import WeftError
 from weft.data import DataConfig, Encoder, Row
+from weft.models import room
 from weft.train.evaluate import end_of_turn, left_padded, prompt_ids
 
 Chat = Sequence[dict[str, str]]
@@ -68,6 +68,14 @@ class Speaker:
         """Whether the model can still answer this chat with at least a few tokens."""
         return len(self.ids(chat)) + min(self.sampling.max_tokens, 16) <= self.room
 
+    def check(self, *chats: Chat) -> None:
+        """Raise WeftError for a chat that leaves no place for an answer, or that has nothing to go on from."""
+        lengths = [len(self.ids(chat)) for chat in chats]
+        if max(lengths) >= self.room:
+            raise WeftError(f"a prompt of {max(lengths):,} tokens does not fit: this model takes {self.room:,}, prompt and answer together")
+        if not min(lengths):
+            raise WeftError("an empty prompt: there is nothing to go on from")
+
     def answer(self, chats: Sequence[Chat], names: Sequence[str | None] | None = None, on_text: OnText = _unheard) -> list[str]:
         """The answers to some chats, in one batch.
 
@@ -77,12 +85,9 @@ class Speaker:
         Raises:
             WeftError: a prompt is longer than the model's context.
         """
+        self.check(*chats)
         prompts, s = [self.ids(chat) for chat in chats], self.sampling
         longest = max(map(len, prompts))
-        if longest >= self.room:
-            raise WeftError(f"a prompt of {longest:,} tokens does not fit: this model takes {self.room:,}, prompt and answer together")
-        if not min(map(len, prompts)):
-            raise WeftError("an empty prompt: there is nothing to go on from")
         pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.stop[0]
         ids, mask = left_padded(prompts, pad)
         listener = _Listener(self.tokenizer, self.stop, len(chats), on_text)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import weft.adapters
 from weft.cli.common import err
 from weft.cli.generate import Message, side_by_side, stream
+from weft.core import WeftError
 
 if TYPE_CHECKING:
     from weft.cli.answering import Speaker
@@ -95,6 +96,14 @@ class Conversation:
         self._tell(f"{' and '.join(weft.adapters.active(self.speaker.model)) or 'the bare base'} from now on")
 
     def _answer(self, line: str) -> None:
+        before = list(self.said)
+        try:
+            self._answered(line)
+        except WeftError as e:  # a line that is too long, say: it was never said, and the chat goes on
+            self.said[:] = before
+            self._tell(str(e))
+
+    def _answered(self, line: str) -> None:
         if self.speaker.plain:
             self.said.clear()
         self.said.append({"role": "user", "content": line})
@@ -102,6 +111,7 @@ class Conversation:
         while len(self.said) > 1 and not self.speaker.fits(self.start + self.said):
             del self.said[: 2 if len(self.said) > 2 else 1]
             dropped += 1
+        self.speaker.check(self.start + self.said)
         if dropped:
             self._tell(f"(the model's context is full: the first {dropped} exchange{'s' if dropped > 1 else ''} left out)")
         heard: list[str] = []

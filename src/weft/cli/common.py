@@ -64,6 +64,16 @@ def no_bars() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
+class Once(argparse.Action):
+    """A flag whose second value would silently take the place of the first."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, flag: str | None = None) -> None:
+        if (first := getattr(namespace, self.dest)) is not None:
+            hint = f"; `weft combine {first} {values} -o DIR` makes one of several" if self.dest == "adapter" else ""
+            raise UsageError(f"{flag} takes one, and {first} and {values} are given{hint}")
+        setattr(namespace, self.dest, values)
+
+
 def model_arguments(parser: argparse.ArgumentParser, many: bool = True) -> None:
     """--model, --adapter, --base and --device."""
     group = parser.add_argument_group("model")
@@ -73,7 +83,7 @@ def model_arguments(parser: argparse.ArgumentParser, many: bool = True) -> None:
         group.add_argument("--adapter", metavar="DIR[=NAME]", action="append", default=[],
                            help="an adapter's folder; may be given several times")  # fmt: skip
     else:
-        group.add_argument("--adapter", metavar="DIR", required=True, help="the adapter's folder")
+        group.add_argument("--adapter", metavar="DIR", required=True, action=Once, help="the adapter's folder")
     group.add_argument("--base", metavar="B", default="auto",
                        help="how the base is stored: fp32, bf16, fp16, nf4, fp4, int8, fp8, or with options nf4:block=128,nested=false; "
                        "auto: as the file is if that is quantised, else as the adapter was trained if that was packed, else bf16 on an "
@@ -182,11 +192,6 @@ def load(model: str, adapters: Sequence[Given], base: str = "auto", device: str 
     if adapters:
         weft.adapters.use(loaded, adapters[0].name)
     return loaded, tokenizer
-
-
-def room(model: Any) -> int:
-    """How many tokens the model has positions for; of one that does not say, as many as anyone writes."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 10**9
 
 
 def check_device(device: str | None) -> str | None:

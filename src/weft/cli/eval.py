@@ -6,6 +6,7 @@ import argparse
 import json
 import math
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
@@ -49,6 +50,7 @@ def run(args: argparse.Namespace) -> int:
         from weft.data import Batches, load_rows, prepare
         from weft.models import attention
         from weft.train import exact_match, mean_loss
+        from weft.train.evaluate import check_lengths
         from weft.train.fit import spread
     config = data_config(args, adapters)
     with step("reading rows"):
@@ -56,6 +58,8 @@ def run(args: argparse.Namespace) -> int:
     model, tokenizer = load(base, adapters, args.base, args.device)
     names: list[str | None] = [*([] if args.no_base else [None]), *(g.name for g in adapters)]
     prepared = prepare(rows, tokenizer, config)
+    if warning := check_lengths(model, prepared.examples, rows, args.tokens, "--max-length", "--tokens"):
+        warnings.warn(warning, stacklevel=1)
     batches = Batches(prepared.examples, args.tokens, bool(config.packing) and attention.use(model), 0).epoch(0)
     figures: list[dict[str, Any]] = []
     for name in names:

@@ -102,7 +102,7 @@ def _run(words: list[str]) -> int:
     command = words[0]
     if command not in COMMANDS:
         what = "flag" if command.startswith("-") else "command"
-        near = get_close_matches(command, COMMANDS, n=1)
+        near = get_close_matches(command, COMMANDS, n=1, cutoff=0.7)
         hint = f"did you mean weft {near[0]}?" if near else "weft --help lists the commands"
         raise UsageError(f"there is no {what} {command!r}; {hint}")
     module, parser = import_module(f"weft.cli.{command}"), parser_of(command)

@@ -20,7 +20,6 @@ from weft.cli.common import (
     no_bars,
     out,
     packed_file,
-    room,
     say,
     settings_of,
     step,
@@ -262,6 +261,8 @@ def cast(model: Any, dtype: Any) -> Any:
 def probe(tokenizer: Any, model: Any) -> Any:
     """(1, T) ids of a few lines of text, the same for every merge, cut to the places that the model has."""
     import torch
+
+    from weft.models import room
 
     ids = tokenizer(PROBE, return_tensors="pt")["input_ids"][:, : room(model)]
     return ids.to(next(model.parameters()).device).clamp(max=model.get_input_embeddings().num_embeddings - 1).to(torch.int64)

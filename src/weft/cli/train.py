@@ -80,7 +80,7 @@ def _method(words: Sequence[str]) -> str:
     if named[-1] not in METHODS:
         lower = {name.lower(): name for name in METHODS}
         near = get_close_matches(named[-1].lower(), lower, n=1)
-        hint = f"did you mean {lower[near[0]]}?" if near else f"there are {', '.join(METHODS)}"
+        hint = f"did you mean {lower[near[0]]}?" if near else f"there are {', '.join(sorted(METHODS))}"
         raise UsageError(f"there is no method {named[-1]!r}; {hint}")
     return named[-1]
 

@@ -116,8 +116,9 @@ class Encoder:
 
     def _by_marks(self, row: Row) -> tuple[list[int], list[bool]] | None:
         made = self._render(
-            row, tokenize=True, return_dict=True, return_assistant_tokens_mask=True, tokenizer_kwargs={"return_offsets_mapping": True}
-        )
+            row, tokenize=True, return_dict=True, return_assistant_tokens_mask=True,
+            tokenizer_kwargs={"return_offsets_mapping": True, "verbose": False},
+        )  # fmt: skip
         if made is None:
             return None
         ids, marks = list(made["input_ids"]), [bool(m) for m in made["assistant_masks"]]

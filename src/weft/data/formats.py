@@ -78,15 +78,20 @@ def _detect(record: dict[str, Any]) -> str | None:
 def _shape(source: Source, problems: Problems) -> str | None:
     """The one shape of all records, else a problem and None."""
     first: dict[str, str] = {}
-    unknown = False
+    unknown: dict[str, list[str]] = {}  # where the rows are, by the fields that they have
     for where, record in source.records:
         shape = _detect(record)
         if shape is None:
             has = ", ".join(shorten(key, 30) for key in record) or "nothing"
-            problems.add("rows of unknown shape", f"{where}: no known fields (it has {has}); rows are written as {_known()}")
-            unknown = True
+            unknown.setdefault(has, []).append(where)
         else:
             first.setdefault(shape, where)
+    for has, places in unknown.items():
+        like = f" and {len(places) - 1:,} more like it" * (len(places) > 1)
+        problems.add(
+            "kinds of rows of unknown shape",
+            f"{places[0]}{like}: no known fields (it has {has}); rename them, or write rows anew, as {_known()}",
+        )
     if len(first) > 1:
         shapes = ", ".join(f"{name} (first at {where})" for name, where in first.items())
         advice = "Put each shape into a file of its own, or set data.format to the one meant"
@@ -126,6 +131,12 @@ def _row(shape: str, where: str, record: dict[str, Any], source: Source, problem
 
 def _text(where: str, name: str, value: object, problems: Problems) -> str | None:
     if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            what = f"{where}: {name!r} holds {value[error.start]!a}, which is one half of a character: write both, or leave it out"
+            problems.add("texts that are no Unicode", what)
+            return None
         return value
     kind = TYPES.get(type(value), type(value).__name__)
     problems.add("fields of a wrong type", f"{where}: {name!r} must be a text, but is {kind}: {shorten(value, 40)}")

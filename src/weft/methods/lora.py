@@ -70,10 +70,12 @@ class LoRA(WithTokens, Method):
         if isinstance(self.target_parameters, list):
             object.__setattr__(self, "target_parameters", tuple(self.target_parameters))
         ranks = [self.rank, *self.rank_pattern.values()]
-        wrong = [f"a rank of {r}: a rank is a whole number of at least 1" for r in ranks if not isinstance(r, int) or r < 1]
+        wrong = [f"a rank of {r!r}: a rank is a whole number of at least 1" for r in ranks if not isinstance(r, int) or r < 1]
         if self.init not in ("kaiming", "gaussian", "orthogonal", *ELSEWHERE) and not FROM_BASE.fullmatch(self.init):
             known = "kaiming, gaussian, orthogonal, pissa, pissa_niter_N (N rounds, as pissa_niter_16), olora, eva, loftq"
             wrong.append(f"init={self.init!r}: there are {known}")
+        if self.bias not in ("none", "lora_only", "all"):
+            wrong.append(f"bias={self.bias!r}: there are none, lora_only (the biases of the targets) and all")
         if self.init in ELSEWHERE and type(self) is not LoRA:
             wrong.append(f"init={self.init!r}: that start is for weft.LoRA alone")
         if not 0 <= self.dropout < 1:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from weft.core import WeftError
-from weft.data import Batch, DataConfig, Row, question
+from weft.data import Batch, DataConfig, Example, Row, question
+from weft.models import ends, room
 from weft.step import loss_sum
 
 
@@ -34,6 +35,31 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             yield
     finally:
         model.train(training)
+
+
+def check_lengths(
+    model: nn.Module, examples: Sequence[Example], rows: Sequence[Row], tokens: int, limit: str = "data.max_length",
+    budget: str = "train.tokens",
+) -> str | None:  # fmt: skip
+    """What the user should know of rows that are longer than the model was made for; None if none is.
+
+    limit, budget: what the user calls the longest row and the tokens of a batch.
+    Raises WeftError for rows that are longer than a batch of `tokens`, or that the model has no places for.
+    """
+    longest, places = max(examples, key=len), room(model)
+    where = f"{rows[longest.row].where} has {len(longest):,} tokens"
+    if len(longest) > places and (ends(model) or len(longest) <= tokens):
+        n = sum(len(e) > places for e in examples)
+        many = f"{n:,} row{' is' if n == 1 else 's are'} longer than the {places:,} tokens that this model"
+        advice = f"{limit} {places} cuts rows off there"
+        if ends(model):
+            raise WeftError(f"{many} has places for: {where}. {advice}")
+        return f"{many} was made for: {where}. {advice}"
+    if len(longest) > tokens:
+        n = sum(len(e) > tokens for e in examples)
+        many = f"{n:,} row{' is' if n == 1 else 's are'} longer than a batch, which holds {tokens:,} tokens"
+        raise WeftError(f"{many}: {where}. {limit} {min(tokens, places)} cuts rows off there; {budget} says what a batch holds")
+    return None
 
 
 def mean_loss(model: nn.Module, batches: Iterable[Batch], between: Callable[[], None] = lambda: None) -> float:
@@ -95,8 +121,9 @@ def generate(
         for start in range(0, len(order), batch):
             some = order[start : start + batch]
             ids, mask = left_padded([prompts[i] for i in some], pad)
+            left = room(model) - ids.shape[1] if ends(model) else max_new_tokens
             made = model.generate(
-                input_ids=ids.to(device), attention_mask=mask.to(device), max_new_tokens=max_new_tokens, do_sample=False,
+                input_ids=ids.to(device), attention_mask=mask.to(device), max_new_tokens=max(1, min(max_new_tokens, left)), do_sample=False,
                 temperature=None, top_p=None, top_k=None, eos_token_id=stop, pad_token_id=pad,
             )[:, ids.shape[1] :]  # fmt: skip
             for i, row in zip(some, made.tolist(), strict=True):
@@ -109,7 +136,7 @@ def generate(
 def prompt_ids(tokenizer: Any, chat: Sequence[dict[str, str]]) -> list[int]:
     """The token ids of a chat, up to where the assistant begins."""
     text = tokenizer.apply_chat_template(list(chat), tokenize=False, add_generation_prompt=True)
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
 def end_of_turn(tokenizer: Any, model: Any = None) -> list[int]:

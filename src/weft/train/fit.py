@@ -19,7 +19,7 @@ from weft.core import WeftError, base_class
 from weft.data import Batch, Batches, Row, load_rows, prepare, split_rows
 from weft.models import attention, load_tokenizer
 from weft.train import start
-from weft.train.evaluate import Match, exact_match
+from weft.train.evaluate import Match, check_lengths, exact_match
 from weft.train.guard import Diverged, Signals
 from weft.train.loop import train
 from weft.train.output import Output
@@ -94,6 +94,8 @@ def fit(
     with with_threads(recipe.train.threads), on_card_of(model), Signals() as signals:
         data = RunData(model, recipe, tokenizer)
         show.text(data.report)
+        if data.warning:
+            tell({"event": "note", "text": data.warning, "warning": True})
         with adapted(model, recipe, data.batches, output):
             show.text(str(weft.adapters.summary(model)))
             run = Run(model, recipe, data.batches, data.evaluations, output, signals, tell)
@@ -131,12 +133,14 @@ class RunData:
         prepared = prepare(rows, tokenizer, config, shown)
         self.report = prepared.report
         examples = prepared.examples
+        self.warning = check_lengths(model, examples, rows, recipe.train.tokens)
         self.batches = Batches(examples, recipe.train.tokens, packing, recipe.seed)
         self.held = spread(held, limits.exact_rows)
         self.evaluations: dict[str, Sequence[Batch]] = {}
         held_examples: list[Any] = []
         if held:
             held_examples = spread(prepare(held, tokenizer, config, shown).examples, limits.rows)
+            self.warning = self.warning or check_lengths(model, held_examples, held, recipe.train.tokens)
             self.evaluations["eval_loss"] = Batches(held_examples, recipe.train.tokens, packing, 0).epoch(0)
         if seen := spread(examples, limits.train_rows):
             self.evaluations["train_loss"] = Batches(seen, recipe.train.tokens, packing, 0).epoch(0)

@@ -259,7 +259,7 @@ def _method(given: Any, at: str, problems: list[str]) -> Any:
     cls = {k.lower(): v for k, v in METHODS.items()}.get(str(name).lower())
     if cls is None:
         near = get_close_matches(str(name), METHODS, n=1)
-        known = f"did you mean {near[0]}?" if near else f"there are {', '.join(METHODS)}"
+        known = f"did you mean {near[0]}?" if near else f"there are {', '.join(sorted(METHODS))}"
         problems.append(f"{at}.name: unknown method {name!r}; {known}")
         return _NOTHING
     return _read(cls, values, at, problems)

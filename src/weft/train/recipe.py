@@ -197,6 +197,9 @@ def check(recipe: Recipe) -> list[str]:
 
 def checked(recipe: Recipe) -> Recipe:
     """The recipe itself, or one WeftError with all that `check` finds."""
+    if not isinstance(recipe, Recipe):
+        how = "weft.train.load_recipe(...) makes one of a file or of a dict, as in load_recipe({'data': {'train': 'rows.jsonl'}})"
+        raise WeftError(f"expected a Recipe, got a {type(recipe).__name__}: {how}")
     if problems := check(recipe):
         raise WeftError("the recipe cannot be used:\n  " + "\n  ".join(problems))
     return recipe

@@ -139,6 +139,8 @@ def fit_together(
         data: list[RunData] = []
         for recipe, output, show in zip(recipes, outputs, shows, strict=True):
             data.append(RunData(model, recipe, tokenizer))
+            if data[-1].warning:
+                _teller(recipe.name, show, on_event)({"event": "note", "text": data[-1].warning, "warning": True})
             after.enter_context(adapted(model, recipe, data[-1].batches, output))
             run = Run(model, recipe, data[-1].batches, data[-1].evaluations, output, signals, _teller(recipe.name, show, on_event))
             after.callback(output.close)
