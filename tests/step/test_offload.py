@@ -198,9 +198,22 @@ def test_layers_without_a_backward_pass_lend_nothing() -> None:
 
 
 def test_levels() -> None:
-    assert [levels.lent(level) for level in (1.0, 0.75, 0.5, 0.1, 0.0)] == [0.0, 0.25, 0.0, 0.0, 1.0]
+    assert [levels.lent(level) for level in (1.0, 0.75, 0.5, 0.3, 0.1, 0.0)] == [0.0, 0.25, 0.5, 0.0, 0.0, 1.0]
     assert levels.kept(0.75, 0.25) == levels.kept(1.0, 0.0) == levels.MOST  # so that one graph is right for all layers
     assert levels.kept(0.75, 0.0) == 0.75 and levels.kept(0.0, 1.0) == levels.AWAY and levels.kept(0.0, 0.0) == levels.THIN
+
+
+CARDS = {"H100": (52e9, 7e14), "A100, PCIe 4": (25e9, 2.6e14), "T4, PCIe 3": (12e9, 5e13), "a slow link": (8e9, 7e14)}
+
+
+@pytest.mark.parametrize(("card", "quarter", "half"), [
+    ("H100", True, True), ("A100, PCIe 4", True, True), ("T4, PCIe 3", True, True), ("a slow link", False, False),
+])  # fmt: skip
+def test_lending_is_chosen_where_the_link_is_fast_enough(card: str, quarter: bool, half: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For an 8-billion Llama's 8192 tokens."""
+    monkeypatch.setattr(levels, "rates", lambda device: CARDS[card])
+    operations, need = 2 * 6.98e9 * 8192, levels.LEAN * 40e9
+    assert [levels.pays(operations, share * need, CPU) for share in (0.25, 0.5)] == [quarter, half]
 
 
 @pytest.mark.parametrize(("said", "meant"), [

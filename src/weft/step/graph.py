@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import logging
 from functools import partial
-from math import prod
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
@@ -24,10 +23,11 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from weft.core import Mixture, Site, Slot, WeftError, features, is_linear, modules
+from weft.core import Mixture, Site, Slot, WeftError
 from weft.step.capture import Card, Graphs, Unfit
 from weft.step.gated import STACK
 from weft.step.given import each, kind, like, static, tensors, whole
+from weft.step.levels import weights
 
 if TYPE_CHECKING:
     from weft.step.regions import Region
@@ -42,8 +42,7 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_p
 
 def brief(layers: list[nn.Module], tokens: int) -> bool:
     """Whether layers are so small that they wait for the host: by four operations a weight and token."""
-    weights = sum(prod(features(m)) for layer in layers for _, m in modules(layer) if is_linear(m)) / max(len(layers), 1)
-    return 4 * weights * tokens < BRIEF * FLOPS
+    return 4 * weights(layers) / max(len(layers), 1) * tokens < BRIEF * FLOPS
 
 
 class Pass:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import re
+from functools import cache
+from math import prod
 
 import torch
 from torch import nn
@@ -10,15 +13,17 @@ from torch import nn
 from weft.core import WeftError, features, is_linear, modules
 from weft.step.loss import Batch
 
+logger = logging.getLogger("weft")
 Memory = float | int | str  # "auto", a share (0 to 1), or bytes, also as "40GB"
 UNITS = {"": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 LEVELS = (1.0, 0.75, 0.5, 0.3, 0.1, 0.0)  # share of the activations kept on the card; below RECOMPUTE: little but each layer's input
-LENDS = 0.7  # from here on what is not kept on the card waits in the host's memory, and nothing more is made again
+LENDS = 0.5  # from here on what is not kept on the card waits in the host's memory, and nothing more is made again
 RECOMPUTE = 0.2
 MOST = 0.99  # of the compiler's budget: below 1 it makes again what no matrix product is needed for, for 0.4% of an 8B step's time,
 LEAN = 0.63  # and then keeps this share (25 GB of 40, by the count below)
 THIN = 0.01  # what a layer keeps that is made again: its input, and the thin products of its adapters (weft.step.budget)
 AWAY = 0.2  # level 0 keeps this share in the host's memory: what PCIe 5 moves while a layer of an 8-billion Llama works
+AGAIN = 0.8  # of a forward pass's time is what making again costs where half is kept (an 8-billion Llama: 27% of a step)
 SPARE = 0.9  # of what is free may be planned for: the allocator cuts memory into pieces, and kernels want workspaces
 
 
@@ -63,9 +68,49 @@ def fitting(batch: Batch, memory: float | None, layers: list[nn.Module], compile
     need = activation_bytes(layers, batch.input_ids.numel())
     fixed = 2 * need / max(len(layers), 1) + 2**30  # a layer's own temporaries and the loss's slice, in either case
     share = (SPARE * free - fixed) / max(need, 1)
-    if not compiled:
-        return next((level for level in LEVELS if level <= share), 0.0)
-    return next((level for level in LEVELS if (LEAN * level if level >= LENDS else min(level, LEAN)) <= share), 0.0)
+    lean = LEAN if compiled else 1.0
+    for level in LEVELS:
+        if lean * level > share:
+            continue
+        if not (compiled and 0 < lent(level) < 1) or pays(2 * weights(layers) * batch.input_ids.numel(), lent(level) * lean * need, device):
+            return level
+    return 0.0
+
+
+def pays(operations: float, away: float, device: torch.device) -> bool:
+    """Whether lending so many bytes costs less time than making activations again would. operations: of the layers' forward pass."""
+    link, products = rates(device)
+    copies, forward = away / link, operations / products
+    stretched = max(copies - forward, 0) + max(copies - 2 * forward, 0)  # a copy is free while the layers work
+    return stretched < AGAIN * forward
+
+
+@cache
+def rates(device: torch.device) -> tuple[float, float]:
+    """(bytes a second to pinned memory, operations a second of a large product in 16 bits) of this card, in some 0.1 s."""
+    n = 4096
+    x = torch.randn(n, n, device=device, dtype=torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16)
+    try:
+        host, y = torch.empty(x.shape, dtype=x.dtype, pin_memory=True), torch.empty_like(x)
+    except RuntimeError as e:
+        logger.info("nothing is lent to the host, whose memory cannot be pinned: %s", e)
+        return 1.0, 1.0
+    seconds = []
+    for work in (lambda: host.copy_(x, non_blocking=True), lambda: torch.mm(x, x, out=y)):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        work()
+        start.record()  # type: ignore[no-untyped-call]
+        for _ in range(4):
+            work()
+        end.record()  # type: ignore[no-untyped-call]
+        end.synchronize()  # type: ignore[no-untyped-call]
+        seconds.append(start.elapsed_time(end) / 4e3)  # type: ignore[no-untyped-call]
+    return 2 * n * n / seconds[0], 2 * n**3 / seconds[1]
+
+
+def weights(layers: list[nn.Module]) -> int:
+    """Numbers in these layers' linear maps."""
+    return sum(prod(features(m)) for layer in layers for _, m in modules(layer) if is_linear(m))
 
 
 def activation_bytes(layers: list[nn.Module], tokens: int) -> int:
