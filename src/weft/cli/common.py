@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -120,7 +121,10 @@ def base_of(model: str | None, adapters: Sequence[Given]) -> str:
         if named := _trained_on(given.folder):
             return named
     if adapters and not adapters[0].folder.is_dir():
-        raise UsageError(f"{adapters[0].folder} holds no adapter: there is no such folder")
+        hub = ""
+        if re.fullmatch(r"[\w.-]+/[\w.-]+", str(adapters[0].folder)):
+            hub = f"; one of the hub is fetched by `hf download {adapters[0].folder} --local-dir DIR`"
+        raise UsageError(f"{adapters[0].folder} holds no adapter: there is no such folder{hub}")
     if adapters:
         raise UsageError(f"{adapters[0].folder} does not say which base it belongs to: give it by --model")
     return "embedded"

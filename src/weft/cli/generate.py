@@ -48,7 +48,13 @@ def run(args: argparse.Namespace) -> int:
     chats = _read(Path(args.file)) if args.file else None
     prompt = args.prompt
     if prompt is None and chats is None and not sys.stdin.isatty():
-        prompt = sys.stdin.read().strip("\n")
+        try:
+            prompt = sys.stdin.read().strip("\n")
+        except UnicodeDecodeError as e:
+            raise UsageError(f"the prompt on standard input is no UTF-8 text: {e.reason} at byte {e.start}") from None
+    for what, text in (("the prompt", prompt), ("--system", args.system)):
+        if text and any("\udc80" <= c <= "\udcff" for c in text):  # how Python passes on bytes of the command line that are no UTF-8
+            raise UsageError(f"{what} is no UTF-8 text")
     if prompt is not None and not prompt.strip():
         raise UsageError("the prompt is empty")
     speaker = _speaker(args, adapters)

@@ -7,9 +7,11 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 logger = logging.getLogger("weft")
+
+BESIDE = ("loss", "eval loss", "speed", "lr", "memory", "train loss")  # the bar, while there is width: the first ones matter most
 
 
 class Show:
@@ -24,7 +26,7 @@ class Show:
         self.how = ("bar" if self.console.is_terminal else "lines") if how == "auto" else how
         self.name = f"{name}: " if name else ""
         self.bar: Progress | None = None
-        self.loss = self.eval_loss = self.detail = ""
+        self.figures: dict[str, str] = {}
 
     def text(self, text: object) -> None:
         """Free text as it is, or what rich can show."""
@@ -44,34 +46,41 @@ class Show:
         if kind == "start":
             self._start(event["step"], event["steps"])
         elif kind == "at":
-            self.loss = f"loss {event['loss']:.4f}"
+            self.figures["loss"] = f"loss {event['loss']:.4f}"
             self._advance(event["step"])
         elif kind == "step":
-            self.detail = f"lr {event['lr']:.2e}  {event['tokens_per_s']:,.0f} tokens/s  {event['memory'] / 2**20:,.0f} MiB"
+            figures = {
+                "loss": f"loss {event['loss']:.4f}", "lr": f"lr {event['lr']:.2e}", "speed": f"{event['tokens_per_s']:,.0f} tokens/s",
+                "memory": f"{event['memory'] / 2**20:,.0f} MiB",
+            }  # fmt: skip
+            self.figures |= figures
             self._advance(event["step"])
             if self.how == "lines":
                 left = (event["steps"] - event["step"]) * event["seconds"] / event["step"]
-                self.text(f"{self.name}step {event['step']}/{event['steps']}  loss {event['loss']:.4f}  {self.detail}  {clock(left)} left")
+                self.text(f"{self.name}step {event['step']}/{event['steps']}  {'  '.join(figures.values())}  {clock(left)} left")
         elif kind == "eval":
-            self.eval_loss = "  ".join(f"{k.replace('_', ' ')} {v:.4f}" for k, v in event.items() if k.endswith("loss"))
+            figures = {(named := k.replace("_", " ")): f"{named} {v:.4f}" for k, v in event.items() if k.endswith("loss")}
+            self.figures |= figures
             self._advance(event["step"])
             if self.how == "lines":
-                self.text(f"{self.name}step {event['step']}/{event['steps']}  {self.eval_loss}")
+                self.text(f"{self.name}step {event['step']}/{event['steps']}  {'  '.join(figures.values())}")
         elif kind in ("end", "stop"):
             self.close()
 
     def _start(self, step: int, steps: int) -> None:
         if self.how == "bar":
             self.bar = Progress(
-                TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[shown]}"), TimeRemainingColumn(),
-                console=self.console,
+                BarColumn(20), MofNCompleteColumn(), TimeRemainingColumn(compact=True),
+                # the figures alone give way on a narrow terminal, from the right
+                TextColumn("{task.fields[shown]}", table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis")),
+                console=self.console, expand=True,
             )  # fmt: skip
-            self.task = self.bar.add_task("training", total=steps, completed=step, shown="")
+            self.task = self.bar.add_task("", total=steps, completed=step, shown="")
             self.bar.start()
 
     def _advance(self, step: int) -> None:
         if self.bar is not None:
-            self.bar.update(self.task, completed=step, shown="  ".join(filter(None, (self.loss, self.eval_loss, self.detail))))
+            self.bar.update(self.task, completed=step, shown="  ".join(self.figures[k] for k in BESIDE if k in self.figures))
 
     def table(self, rows: dict[str, str]) -> None:
         """The final figures."""

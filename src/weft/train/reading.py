@@ -15,6 +15,7 @@ import yaml
 
 from weft.core import METHODS, Method, WeftError
 from weft.data import DataConfig
+from weft.data.sources import KINDS
 from weft.train.recipe import Recipe, check
 
 ELSEWHERE = {  # what other tools call a setting
@@ -143,6 +144,8 @@ def _source(source: str | Path | Mapping[str, Any] | None) -> tuple[str, dict[st
     if source is None or isinstance(source, Mapping):
         return "the recipe", _plain(source or {})
     path = Path(source)
+    if path.suffix.lower() in KINDS and path.suffix.lower() != ".json":  # which may hold a recipe
+        raise WeftError(f"{path}: a recipe is a YAML file, and this looks like data: write --data.train {path}")
     try:
         tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # a SafeLoader
     except OSError as e:
