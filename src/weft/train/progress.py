@@ -70,7 +70,7 @@ class Show:
     def _start(self, step: int, steps: int) -> None:
         if self.how == "bar":
             self.bar = Progress(
-                BarColumn(20), MofNCompleteColumn(), TimeRemainingColumn(compact=True),
+                BarColumn(16), MofNCompleteColumn(), TimeRemainingColumn(compact=True),
                 # the figures alone give way on a narrow terminal, from the right
                 TextColumn("{task.fields[shown]}", table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis")),
                 console=self.console, expand=True,
