@@ -2,6 +2,7 @@
 
 import gc
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -183,7 +184,7 @@ def test_what_is_free_in_the_host(tmp_path: Any) -> None:
 
 @pytest.mark.parametrize(("n", "share", "expected"), [
     (32, 0.25, list(range(0, 32, 4))), (16, 0.25, [0, 4, 8, 12]), (7, 0.25, [0]), (3, 0.25, []), (32, 0.1, [0, 10, 20]),
-    (5, 1.0, [0, 1, 2, 3, 4]), (8, 0.0, []),
+    (5, 1.0, [0, 1, 2, 3]), (1, 1.0, []), (8, 0.0, []),
 ])  # fmt: skip
 def test_which_layers_lend(n: int, share: float, expected: list[int]) -> None:
     layers = build(n)
@@ -214,6 +215,29 @@ def test_lending_is_chosen_where_the_link_is_fast_enough(card: str, quarter: boo
     monkeypatch.setattr(levels, "rates", lambda device: CARDS[card])
     operations, need = 2 * 6.98e9 * 8192, levels.LEAN * 40e9
     assert [levels.pays(operations, share * need, CPU) for share in (0.25, 0.5)] == [quarter, half]
+
+
+def llama() -> list[nn.Module]:
+    """The layers of an 8-billion Llama, but for what they hold."""
+    sizes = [(4096, 4096), (4096, 1024), (4096, 1024), (4096, 4096), (4096, 14336), (4096, 14336), (14336, 4096)]
+    with torch.device("meta"):
+        return [nn.ModuleList(nn.Linear(n, m, bias=False) for n, m in sizes) for _ in range(32)]
+
+
+@pytest.mark.parametrize(("memory", "free", "card", "level"), [
+    (45e9, 80e9, "H100", 1.0), (42e9, 80e9, "H100", 0.75), (38e9, 80e9, "H100", 0.75), (34e9, 80e9, "H100", 0.5), (28e9, 80e9, "H100", 0.3),
+    (22e9, 80e9, "H100", 0.0), (17e9, 80e9, "H100", 0.0), (45e9, 24e9, "H100", 0.75), (None, 62e9, "H100", 1.0), (None, 27e9, "H100", 0.75),
+    (None, 20e9, "H100", 0.5), (None, 7e9, "H100", 0.0), (None, 27e9, "a slow link", 0.3), (None, 8e9, "a slow link", 0.1),
+    (None, 3e9, "a slow link", 0.0), (0.4, 1e9, "H100", 0.4),
+])  # fmt: skip
+def test_the_level_that_fits(memory: float | None, free: float, card: str, level: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On an H100 the shares took 42.4, 36.6, 31.2, 22.9, 20.6 and 18.4 GB; 16.4 of these are the model and what trains it."""
+    monkeypatch.setattr(levels, "rates", lambda device: CARDS[card])
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(free), 80 << 30))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 17_000_000_000)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 16_430_000_000)
+    batch: Any = SimpleNamespace(input_ids=SimpleNamespace(device=torch.device("cuda:0"), numel=lambda: 8192))
+    assert levels.fitting(batch, memory, llama(), compiled=True) == level
 
 
 @pytest.mark.parametrize(("said", "meant"), [

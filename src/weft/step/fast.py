@@ -205,7 +205,7 @@ def prepare(
         model.eval()
     if graphs is not False and compiled:
         why = _one_by_one(model, batch, random)
-        may = (share is None or share <= 1) and brief(layers, batch.input_ids.numel())
+        may = (share is None or share <= 1) and brief(layers, batch.input_ids.numel(), bool(narrow))
         fast.graphs, fast.insist = not why and (bool(graphs) or may), bool(graphs)
         if graphs and why:
             say(f"the layers do not run as CUDA graphs: {why}")

@@ -40,9 +40,9 @@ FLOPS, BRIEF = 7e14, 6e-3  # the host takes 2 to 4 ms to launch a layer both way
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-def brief(layers: list[nn.Module], tokens: int) -> bool:
-    """Whether layers are so small that they wait for the host: by four operations a weight and token."""
-    return 4 * weights(layers) / max(len(layers), 1) * tokens < BRIEF * FLOPS
+def brief(layers: list[nn.Module], tokens: int, narrow: bool) -> bool:
+    """Whether layers are so small that they wait for the host: by four operations a weight and token, in fp8 or 16 bit."""
+    return 4 * weights(layers) / max(len(layers), 1) * tokens < BRIEF * FLOPS * (2 if narrow else 1)
 
 
 class Pass:

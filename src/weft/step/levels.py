@@ -20,7 +20,7 @@ LEVELS = (1.0, 0.75, 0.5, 0.3, 0.1, 0.0)  # share of the activations kept on the
 LENDS = 0.5  # from here on what is not kept on the card waits in the host's memory, and nothing more is made again
 RECOMPUTE = 0.2
 MOST = 0.99  # of the compiler's budget: below 1 it makes again what no matrix product is needed for, for 0.4% of an 8B step's time,
-LEAN = 0.63  # and then keeps this share (25 GB of 40, by the count below)
+LEAN = 0.68  # and then keeps this share (25 GB of 37)
 THIN = 0.01  # what a layer keeps that is made again: its input, and the thin products of its adapters (weft.step.budget)
 AWAY = 0.2  # level 0 keeps this share in the host's memory: what PCIe 5 moves while a layer of an 8-billion Llama works
 AGAIN = 0.8  # of a forward pass's time is what making again costs where half is kept (an 8-billion Llama: 27% of a step)
@@ -63,16 +63,15 @@ def fitting(batch: Batch, memory: float | None, layers: list[nn.Module], compile
         return 1.0
     free, _ = torch.cuda.mem_get_info(device)
     free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    if memory is not None:
-        free = min(free, int(memory) - torch.cuda.memory_allocated(device))
-    need = activation_bytes(layers, batch.input_ids.numel())
-    fixed = 2 * need / max(len(layers), 1) + 2**30  # a layer's own temporaries and the loss's slice, in either case
-    share = (SPARE * free - fixed) / max(need, 1)
-    lean = LEAN if compiled else 1.0
-    for level in LEVELS:
-        if lean * level > share:
-            continue
-        if not (compiled and 0 < lent(level) < 1) or pays(2 * weights(layers) * batch.input_ids.numel(), lent(level) * lean * need, device):
+    planned = SPARE * free
+    if memory is not None:  # what the step takes will be measured
+        planned = min(planned, memory - torch.cuda.memory_allocated(device))
+    tokens, lean = batch.input_ids.numel(), LEAN if compiled else 1.0
+    need = activation_bytes(layers, tokens)
+    share = (planned - need / max(len(layers), 1) - 2**30) / max(need, 1)  # a layer's own temporaries and the loss's slice in any case
+    for level in (*LEVELS[:-2], 0.0, LEVELS[-2]):  # where the link is fast, what is kept less of all costs no more time
+        moved = need * (AWAY if level == 0 else lean * lent(level) if compiled else 0.0)
+        if lean * level <= share and (not moved or pays(2 * weights(layers) * tokens, moved, device)):
             return level
     return 0.0
 
@@ -114,7 +113,7 @@ def weights(layers: list[nn.Module]) -> int:
 
 
 def activation_bytes(layers: list[nn.Module], tokens: int) -> int:
-    """What these layers keep for the backward pass, about: inputs and outputs of every linear map at 2 bytes (measured: 37 GB for an
-    8-billion Llama at 8192 tokens, where this says 40)."""
+    """What these layers keep for the backward pass, about: inputs and outputs of every linear map at 2 bytes (37 GB for an
+    8-billion Llama at 8192 tokens, and that is what was measured)."""
     width = sum(sum(features(m)) for layer in layers for _, m in modules(layer) if is_linear(m))
     return int(2 * 0.85 * width * tokens)

@@ -154,9 +154,9 @@ def settle(budget: float) -> None:
 
 def lenders(layers: list[nn.Module], share: float) -> list[nn.Module]:
     """About this share of the layers, as far apart as can be, for what they keep to wait elsewhere: none of those whose turn in the
-    backward pass comes first, unless all lend, and none below the lowest trained one, which keep nothing."""
+    backward pass comes first, and none below the lowest trained one, which keep nothing."""
     keeping = [layer for i, layer in enumerate(layers) if any(map(trains, layers[: i + 1]))]
-    return keeping if share == 1 else [layer for i, layer in enumerate(keeping[: -AHEAD - 1]) if i * share % 1 < share]
+    return keeping[:-1] if share == 1 else [layer for i, layer in enumerate(keeping[: -AHEAD - 1]) if i * share % 1 < share]
 
 
 def install(
