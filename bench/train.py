@@ -58,7 +58,8 @@ ROWS: dict[str, tuple[str, str, float, str, str]] = {
     "8B DoRA": ("8B", "bf16", 1.0, "full", "DoRA"),
     "8B DoRA, layers recomputed": ("8B", "bf16", 0.1, "full", "DoRA"),
     "3B MoE bf16, experts too": ("3B MoE", "bf16", 1.0, "full", "LoRA"),
-    "8B bf16, a quarter lent": ("8B", "bf16", 0.75, "full", "LoRA"),  # of the layers, what they keep in the host's memory
+    "8B bf16, a tenth lent": ("8B", "bf16", 0.9, "full", "LoRA"),  # of the layers: what they keep waits in the host's memory
+    "8B bf16, a quarter lent": ("8B", "bf16", 0.75, "full", "LoRA"),
     "8B bf16, half lent": ("8B", "bf16", 0.5, "full", "LoRA"),
     "8B nf4, least memory": ("8B", "nf4", 0.0, "full", "LoRA"),
     "8B nf4, most speed": ("8B", "nf4", 1.0, "full", "LoRA"),

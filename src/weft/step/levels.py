@@ -16,7 +16,7 @@ from weft.step.loss import Batch
 logger = logging.getLogger("weft")
 Memory = float | int | str  # "auto", a share (0 to 1), or bytes, also as "40GB"
 UNITS = {"": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
-LEVELS = (1.0, 0.75, 0.5, 0.3, 0.1, 0.0)  # share of the activations kept on the card; below RECOMPUTE: little but each layer's input
+LEVELS = (1.0, 0.9, 0.75, 0.5, 0.3, 0.1, 0.0)  # share of the activations kept on the card; below RECOMPUTE: little but each layer's input
 LENDS = 0.5  # from here on what is not kept on the card waits in the host's memory, and nothing more is made again
 RECOMPUTE = 0.2
 MOST = 0.99  # of the compiler's budget: below 1 it makes again what no matrix product is needed for, for 0.4% of an 8B step's time,
