@@ -50,6 +50,15 @@ class Method(ABC):
         METHODS[cls.__name__] = cls
 
     def __post_init__(self) -> None:
+        kinds = {"int": "a whole number", "float": "a number"}
+        wrong = [
+            f"{f.name}={value!r}: expected {kinds[str(f.type)]}" for f in fields(self)
+            if str(f.type) in kinds and isinstance(value := getattr(self, f.name), str | bool | None)
+        ]  # fmt: skip
+        if self.targets is None:
+            wrong.append("targets=None: write 'all-linear', 'auto' or names of layers, or leave it out")
+        if wrong:
+            raise WeftError(f"{type(self).__name__} cannot be built with {'; nor with '.join(wrong)}")
         # a list is welcome, and so is one number, but a frozen value must be hashable
         for name in ("targets", "exclude", "modules_to_save", "layers_to_transform", "layers_pattern"):
             value = getattr(self, name)
