@@ -2,6 +2,7 @@
 
 import gc
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.testing._internal.two_tensor import TwoTensor
 
 import weft
 from tests.step.test_loss import rows
@@ -178,8 +180,191 @@ def test_too_little_memory_in_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
         through(build(2), torch.randn(50, 7), Offload(CPU), lambda i: True)
 
 
-def test_what_is_free_in_the_host(tmp_path: Any) -> None:
+GB = 1 << 30
+
+
+@pytest.mark.parametrize(("files", "expected"), [
+    ({}, 1 << 62),  # a system that does not tell
+    ({"proc/meminfo": "MemTotal: 99 kB\nMemAvailable: 4194304 kB\n"}, 4 * GB),
+    ({"proc/meminfo": "MemAvailable: 4194304 kB", "proc/self/cgroup": "0::/\n"}, 4 * GB),  # the root has no limit
+    ({"proc/self/cgroup": "0::/\n", "2/": "max 1 0"}, 1 << 62),
+    ({"proc/self/cgroup": "0::/\n", "2/": f"{3 * GB} {2 * GB} 0"}, GB),
+    ({"proc/self/cgroup": "0::/\n", "2/": f"{3 * GB} {2 * GB} {GB}"}, 2 * GB),  # a model's files, which can be read again
+    ({"proc/self/cgroup": "0::/host/abc\n", "2/": f"{3 * GB} {2 * GB} 0"}, GB),  # in a container, where the path is the host's
+    ({"proc/self/cgroup": "0::/job/step\n", "2/job/": f"{5 * GB} {3 * GB} 0", "2/job/step/": "max 1 0"}, 2 * GB),  # Slurm: above it
+    ({"proc/self/cgroup": "9:cpuset:/\n4:cpu,memory:/job\n0::/\n", "1/job/": f"{3 * GB} {2 * GB} {GB}", "1/": f"{1 << 63} 1 0"}, 2 * GB),
+])  # fmt: skip
+def test_what_is_free_in_the_host(files: dict[str, str], expected: int, tmp_path: Path) -> None:
+    for path, text in files.items():
+        if path[0] in "12":
+            base, *names = offload.GROUPS["" if path[0] == "2" else "memory"]
+            most, now, again = text.split()
+            for name, content in zip((*names[:2], "memory.stat"), (most, now, f"anon 7\n{names[2]} {again}\n"), strict=True):
+                place = tmp_path / "sys/fs/cgroup" / base / path[2:] / name
+                place.parent.mkdir(parents=True, exist_ok=True)
+                place.write_text(content)
+        else:
+            (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / path).write_text(text)
+    assert offload.free_in_host(tmp_path) == expected
+
+
+def test_what_is_free_here_is_shared_by_the_processes_here(monkeypatch: pytest.MonkeyPatch) -> None:
     assert 1 << 24 < offload.free_in_host() <= 1 << 62
+    monkeypatch.setattr(offload, "free_in_host", lambda: 1000)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert Offload(CPU).most == 100
+
+
+class Waits:
+    """In the place of the main stream: what of some storages is still there when it waits for all copies."""
+
+    def __init__(self) -> None:
+        self.watched: list[StorageWeakRef] = []
+        self.seen: list[list[bool]] = []
+
+    def wait_stream(self, stream: Any) -> None:
+        self.seen.append([not r.expired() for r in self.watched])
+
+    def wait_event(self, event: Any) -> None:
+        pass
+
+
+def test_what_nobody_asked_for_is_freed_only_behind_its_copy() -> None:
+    """A backward pass breaks off when two layers are on their way back: the card must not use that memory while it is written to."""
+    layers, how, waits = build(5), Offload(CPU, 2), Waits()
+    how._main = lambda: waits  # type: ignore[method-assign]
+    fetch = how._fetch
+
+    def fetched(away: Any) -> None:
+        fetch(away)
+        waits.seen.clear()
+        waits.watched += [StorageWeakRef(k.card.untyped_storage()) for r in away.lent if (k := r()) is not None and k.card is not None]
+
+    how._fetch = fetched  # type: ignore[method-assign]
+
+    def fail(*args: Any) -> None:
+        raise KeyError("in the middle")
+
+    layers[4].two.register_full_backward_hook(fail)
+    loss = through(layers, torch.randn(3, 7), how, lambda i: i in (2, 3))
+    with pytest.raises(KeyError):
+        loss.backward()
+    there = len(waits.watched)
+    assert there and not waits.seen
+    del loss
+    gc.collect()
+    assert len(waits.seen) == there and waits.seen[0] == [True] * there
+    assert all(r.expired() for r in waits.watched) and how.bytes == sum(size * len(free) for size, free in how.pinned.items())
+
+
+def test_what_is_leaving_is_freed_only_behind_its_copy() -> None:
+    """A forward pass breaks off, or none back follows: what was leaving is not held until there is another one, and not freed before."""
+    layers, how, waits = build(2), Offload(CPU), Waits()
+    how._main = lambda: waits  # type: ignore[method-assign]
+    layers[0].two.register_forward_pre_hook(lambda m, args: waits.watched.append(StorageWeakRef(args[0].untyped_storage())))
+    loss = through(layers, torch.randn(3, 7), how, lambda i: i == 0)
+    assert not waits.watched[0].expired() and not waits.seen
+    del loss
+    assert waits.seen and waits.seen[0] == [True] and waits.watched[0].expired()
+
+
+@pytest.mark.parametrize("lend", [True, False])
+def test_changed_in_place_is_refused(lend: bool) -> None:
+    """As torch itself refuses it where there are no hooks."""
+
+    class Changing(Layer):
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.two(x)
+            z = y.sin()
+            y.add_(1)
+            return z
+
+    torch.manual_seed(3)
+    how, layers = Offload(CPU), [Changing(7)]
+    with pytest.raises(RuntimeError, match="modified by an inplace"):
+        through([*layers], torch.randn(3, 7), None, bool).backward()
+    with pytest.raises(RuntimeError, match="changed in place"):
+        through([*layers], torch.randn(3, 7), how, lambda i: lend).backward()
+
+
+def test_weights_gathered_for_a_call_stay() -> None:
+    """As FSDP2 does it: the layer's parameters are others within its forward pass."""
+    layers, how, seen = build(1), Offload(CPU), []
+    gathered = nn.Parameter(layers[0].two.weight.detach().clone())
+    layers[0].register_forward_pre_hook(lambda m, args: setattr(m.two, "weight", gathered))
+    out = how._out
+    how._out = lambda t, away: (seen.append(t.untyped_storage().data_ptr()), out(t, away))[1]  # type: ignore[method-assign]
+    through(layers, torch.randn(4, 7), how, lambda i: True).backward()
+    assert seen and gathered.untyped_storage().data_ptr() not in seen and gathered.grad is not None
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support")
+def test_tensors_of_other_kinds_stay() -> None:
+    how, layer = Offload(CPU), nn.ParameterList([torch.randn(3, 4)])
+    a, b, x = torch.randn(3, 4), torch.randn(3, 4), torch.randn(4, 2, requires_grad=True)
+    both, sparse = TwoTensor(a, b).requires_grad_(), a.to_sparse_csr()
+    layer.extend([both, nn.Parameter(sparse)])
+    with how.hooks(layer, True):
+        y, z, w = both.sin(), torch.sparse.mm(sparse, x), x.exp()
+    (w.sum() + z.sum()).backward()
+    y.sum().backward()
+    assert how.bytes and x.grad is not None and torch.allclose(x.grad, a.t() @ torch.ones(3, 2) + x.exp())
+    assert type(both.grad) is TwoTensor and torch.equal(both.grad.b, b.cos())
+
+
+class Keeping(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, t: Tensor, read: Callable[[Tensor], None]) -> Tensor:
+        ctx.save_for_backward(t)
+        ctx.read = read
+        return x * 2
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        ctx.read(*ctx.saved_tensors)
+        return grad, None, None
+
+
+DTYPES = [torch.float64, torch.bfloat16, torch.complex64, torch.float8_e4m3fn, torch.bool, torch.int64]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_whatever_is_lent_comes_back_as_it_was(dtype: torch.dtype) -> None:
+    """Numbers, shape and strides; and what has gaps takes no more of the host's memory than its numbers do."""
+    how, base = Offload(CPU), torch.randn(6, 10, 4).mul(9).to(dtype)
+    for t in (base, base.transpose(0, 2), base[1:, 2:7:2], base[:, 3].t(), base[2, 3, 1], base[:0], base[:1, :, :1],
+              torch.randn(12).to(dtype).as_strided((4, 5), (2, 1)), base[:, :1].expand(6, 3, 4)):  # fmt: skip
+        kept: list[Any] = []
+        x = torch.ones(2, requires_grad=True)
+        with how.hooks(nn.Identity(), True):
+            y = Keeping.apply(x, t, kept.append)
+        pinned = how.bytes - sum(size * len(free) for size, free in how.pinned.items())
+        assert pinned <= 2 * t.numel() * t.element_size()
+        y.sum().backward()
+        back = kept[0]
+        assert (back.dtype, back.shape, back.stride()) == (t.dtype, t.shape, t.stride())
+        assert torch.equal(back.contiguous().view(torch.uint8), t.contiguous().view(torch.uint8)) if t.ndim else bool(back.eq(t))
+
+
+def test_buffers_of_other_sizes_make_room() -> None:
+    layers, how = build(2), Offload(CPU)
+    through(layers, torch.randn(40, 7), how, lambda i: True).backward()
+    how.most = how.bytes
+    loss = through(layers, torch.randn(4, 7), how, lambda i: True)
+    assert 0 < how.bytes < how.most
+    loss.backward()
+    through(layers, torch.randn(40, 7), how, lambda i: True).backward()
+    assert how.bytes == how.most
+
+
+def test_streams_are_of_the_layers_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    stream = torch.cpu.Stream
+    monkeypatch.setattr(torch.cpu, "Stream", lambda device: (asked.append(device), stream())[1])
+    monkeypatch.setattr(torch.cpu, "current_stream", lambda device: (asked.append(device), stream())[1])
+    through(build(2), torch.randn(4, 7), Offload(CPU), lambda i: True).backward()
+    assert len(asked) > 2 and set(asked) == {CPU}
 
 
 @pytest.mark.parametrize(("n", "share", "expected"), [
@@ -196,6 +381,42 @@ def test_layers_without_a_backward_pass_lend_nothing() -> None:
     for layer in layers[:10]:
         layer.requires_grad_(False)
     assert [layers.index(m) for m in lenders(list(layers), 0.25)] == [10, 14]  # type: ignore[arg-type]
+
+
+def test_where_no_layer_is_trained_what_comes_before_them_is() -> None:
+    layers = build(8)
+    for layer in layers:
+        layer.requires_grad_(False)
+    assert [layers.index(m) for m in lenders(list(layers), 0.25)] == [0, 4]  # type: ignore[arg-type]
+    assert lenders([], 0.25) == lenders([], 1.0) == []
+
+
+def tried(compile: bool) -> tuple[steps.Fast, Any, Any]:
+    torch.manual_seed(5)
+    model, batch = model_of(), pad(rows([9, 4, 7]))
+    parameters = weft.adapters.trainable(model, "default")
+    fast = prepare(model, batch, parameters, compile=compile, memory=1.0, varying=False, say=pytest.fail)
+    fast.cuda = True
+    return fast, batch, parameters
+
+
+def test_closing_gives_back_what_was_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
+    fast, batch, _ = tried(False)
+    fast.install(0.0)
+    made: list[StorageWeakRef] = []
+    place = Offload._place
+
+    def placed(self: Offload, size: int) -> Tensor:
+        made.append(StorageWeakRef((t := place(self, size)).untyped_storage()))
+        return t
+
+    monkeypatch.setattr(Offload, "_place", placed)
+    fast.loss(batch).backward()  # type: ignore[no-untyped-call]
+    assert made and not any(r.expired() for r in made)
+    gone: list[bool] = []
+    monkeypatch.setattr(places, "unpin", lambda device: gone.extend(r.expired() for r in made))
+    fast.close()
+    assert gone and all(gone)
 
 
 def test_levels() -> None:

@@ -10,6 +10,7 @@ is from the main stream, which waits for the copies out of a layer before those 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -21,27 +22,43 @@ import torch
 from torch import Tensor, nn
 
 LEAST = 1 << 22  # bytes; smaller tensors stay where they are
-HOST = 0.8  # of the host's memory that is free may be pinned: nobody else gets it then
+HOST = 0.8  # of the host's memory that is free may be pinned, by all processes here: nobody else gets it then
+GROUPS = {  # control groups, version 2 and 1: where they are, limit, use, and files in memory that can be read again
+    "": (".", "memory.max", "memory.current", "inactive_file"),
+    "memory": ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+}
+
+
+class HostFull(torch.OutOfMemoryError):
+    """The host has no room for what layers would lend."""
 
 
 class Kept:
-    """A tensor that a layer keeps: in the host's memory, or (host is None) where it was, to tell when its layer's turn comes."""
+    """A tensor that a layer keeps: lent to the host's memory, or (host is None) where it was, to tell when its layer's turn comes.
 
-    def __init__(self, layer: Away, back: Tensor | None = None, host: Tensor | None = None, done: Callable[[], None] | None = None) -> None:
-        self.layer, self.back, self.host, self.done = layer, back, host, done
-        layer.kept.append(ref(self))
+    card: the tensor there; of one that is lent, while it leaves, and from its return until it is read.
+    """
+
+    def __init__(
+        self, layer: Away, card: Tensor, host: Tensor | None = None, stride: tuple[int, ...] = (), done: Callable[[], None] | None = None
+    ) -> None:
+        self.layer, self.host, self.stride, self.done = layer, host, stride, done
+        self.card: Tensor | None = card
+        self.version, self.changed = card._version, False
 
     def __del__(self) -> None:
         if self.done is not None:
+            if self.card is not None:  # a pass broke off, or nobody asked for it: no other may have its memory while it is being copied
+                self.layer.wait()
             self.done()
 
 
 class Away:
-    """What one call of a layer keeps; lives as long as the graph does."""
+    """What one call of a layer keeps; lives as long as the graph does. wait: lets the card wait for all copies under way."""
 
-    def __init__(self) -> None:
-        self.kept: list[ref[Kept]] = []
-        self.leaving: list[Tensor] = []  # held until they are copied out
+    def __init__(self, wait: Callable[[], None]) -> None:
+        self.wait = wait
+        self.lent: list[ref[Kept]] = []
         self.left: Any = None  # the event behind the copies out
         self.absent = False  # from then until the copies back are under way
         self.fetched: Any = None  # the event behind those
@@ -58,28 +75,34 @@ class Offload:
     def __init__(self, device: torch.device, ahead: int = 1) -> None:
         self.device, self.ahead = device, ahead
         self.on: Any = torch.get_device_module(device)
-        self.stream = self.on.Stream()
+        self.stream = self.on.Stream(device)
         self.pinned: dict[int, list[Tensor]] = {}  # buffers to use again, by their size: pinning costs more than copying
-        self.bytes, self.most = 0, int(HOST * free_in_host())
+        unpin(device)  # what was another's counts as free
+        self.bytes, self.most = 0, int(HOST * free_in_host()) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         self.layers: list[ref[Away]] = []  # in the order of the forward pass
         self.last: Away | None = None  # whose tensors are leaving
+
+    def _main(self) -> Any:
+        return self.on.current_stream(self.device)
 
     @contextmanager
     def hooks(self, layer: nn.Module, lends: bool) -> Iterator[None]:
         """Round a layer's forward pass. lends: what it keeps leaves; else it only tells when its turn comes."""
-        own = {t.untyped_storage().data_ptr() for t in (*layer.parameters(), *layer.buffers())} if lends else set()
-        away = Away()
+        away = Away(partial(self._main().wait_stream, self.stream))
         self.layers = [*(r for r in self.layers if r() is not None), ref(away)]
+        own: set[int] = set()
 
         def pack(t: Tensor) -> Kept:
-            moves = lends and t.device == self.device and t.numel() * t.element_size() >= LEAST and 0 not in t.stride()
-            if moves and t.untyped_storage().data_ptr() not in own:
-                return self._out(t, away)
-            return Kept(away, t.detach())
+            if not lends or not _plain(t) or t.device != self.device:
+                return Kept(away, t.detach())
+            if not own:  # only now: where parameters are sharded, these are the ones gathered for this call
+                own.update(p.untyped_storage().data_ptr() for p in (*layer.parameters(), *layer.buffers()) if _plain(p))
+            small = t.numel() * t.element_size() < LEAST or 0 in t.stride()
+            return Kept(away, t.detach()) if small or t.untyped_storage().data_ptr() in own else self._out(t.detach(), away)
 
         with torch.autograd.graph.saved_tensors_hooks(pack, self._in):
             yield
-        if away.leaving:
+        if away.lent:
             away.left, away.absent = self.stream.record_event(), True
             self._gone()
             self.last = away
@@ -87,45 +110,55 @@ class Offload:
     def _gone(self) -> None:
         """The card waits until what was leaving has left, and its memory may be taken again."""
         if self.last is not None:
-            self.on.current_stream().wait_event(self.last.left)
-            self.last.leaving.clear()
-            self.last = None
+            self._main().wait_event(self.last.left)
+            for r in self.last.lent:
+                if (kept := r()) is not None and kept.card is not None:
+                    kept.changed, kept.card = kept.card._version != kept.version, None
+        self.last = None
 
     def _out(self, t: Tensor, away: Away) -> Kept:
-        extent = 1 + sum((n - 1) * stride for n, stride in zip(t.shape, t.stride(), strict=True))
-        size = extent * t.element_size()
+        there = t
+        if t.numel() != 1 + sum((n - 1) * stride for n, stride in zip(t.shape, t.stride(), strict=True)):
+            there = t.contiguous()  # a copy of what has gaps would be one by way of other memory, for which the host waits
+        size = there.numel() * there.element_size()
         place = self._place(1 << (size - 1).bit_length())
-        host = place[:size].view(t.dtype).as_strided(t.shape, t.stride())
-        self.stream.wait_stream(self.on.current_stream())
+        host = place[:size].view(t.dtype).as_strided(there.shape, there.stride())
+        self.stream.wait_stream(self._main())
         with self.on.stream(self.stream):
-            host.copy_(t, non_blocking=True)
-        away.leaving.append(t.detach())  # or a graph that is given up would live on
-        return Kept(away, None, host, partial(self.pinned[len(place)].append, place))
+            host.copy_(there, non_blocking=True)
+        kept = Kept(away, there, host, t.stride(), partial(self.pinned[len(place)].append, place))
+        away.lent.append(ref(kept))
+        return kept
 
     def _place(self, size: int) -> Tensor:
         """(size,) bytes; torch rounds what it pins to a power of two, so nothing is lost by asking for one."""
         if free := self.pinned.setdefault(size, []):
             return free.pop()
+        if self.bytes + size > self.most:  # buffers of other sizes are in the way, after batches of other shapes
+            for other, free in self.pinned.items():
+                self.bytes -= other * len(free)
+                free.clear()
+            unpin(self.device)
         if self.bytes + size > self.most:
-            raise torch.OutOfMemoryError(f"activations would take more than {self.most / 1e9:.1f} GB of the host's memory")
+            raise HostFull(f"activations would take more than {self.most / 1e9:.1f} GB of the host's memory")
         try:
             place = torch.empty(size, dtype=torch.uint8, pin_memory=self.device.type != "cpu")
         except RuntimeError as e:
-            raise torch.OutOfMemoryError(f"{(self.bytes + size) / 1e9:.1f} GB of the host's memory cannot be pinned: {e}") from e
+            raise HostFull(f"{(self.bytes + size) / 1e9:.1f} GB of the host's memory cannot be pinned: {e}") from e
         self.bytes += size
         return place
 
     def _fetch(self, away: Away) -> None:
         if not away.absent:
             return
-        coming = [(kept, kept.host) for r in reversed(away.kept) if (kept := r()) is not None and kept.host is not None]
+        coming = [(kept, kept.host) for r in reversed(away.lent) if (kept := r()) is not None and kept.host is not None]
         for kept, host in coming:
-            kept.back = torch.empty_strided(host.shape, host.stride(), dtype=host.dtype, device=self.device)
-        self.stream.wait_stream(self.on.current_stream())
+            kept.card = torch.empty_strided(host.shape, host.stride(), dtype=host.dtype, device=self.device)
+        self.stream.wait_stream(self._main())
         with self.on.stream(self.stream):
             for kept, host in coming:
-                assert kept.back is not None
-                kept.back.copy_(host, non_blocking=True)
+                assert kept.card is not None
+                kept.card.copy_(host, non_blocking=True)
         away.fetched, away.absent = self.stream.record_event(), False
 
     def _in(self, kept: Kept) -> Tensor:
@@ -138,22 +171,45 @@ class Offload:
             for r in reversed(self.layers[-self.ahead :]):
                 if (before := r()) is not None:
                     self._fetch(before)
-        if kept.host is None:
-            assert kept.back is not None
-            return kept.back  # as often as the graph is gone through
-        if kept.back is None:
+        card = kept.card
+        if card is None:
             raise RuntimeError("what a layer kept was read twice: a graph whose activations are in the host's memory gives gradients once")
-        self.on.current_stream().wait_event(away.fetched)
-        back, kept.back = kept.back, None
-        return back
+        if kept.changed or (kept.host is None and card._version != kept.version):  # torch itself leaves this to whoever has hooks
+            raise RuntimeError("a tensor that the backward pass needs was changed in place after its layer had kept it")
+        if kept.host is None:
+            return card  # as often as the graph is gone through
+        self._main().wait_event(away.fetched)
+        kept.card = None
+        return card if card.stride() == kept.stride else card.new_empty_strided(card.shape, kept.stride).copy_(card)
 
 
-def free_in_host() -> int:
-    """Bytes that this process may still take of the host's memory, where the system tells (Linux; in a container what that has left)."""
+def _plain(t: Tensor) -> bool:
+    """Whether its numbers lie in memory as its strides say; a tensor of a class of its own has them elsewhere."""
+    return type(t) in (Tensor, nn.Parameter) and t.layout is torch.strided
+
+
+def unpin(device: torch.device) -> None:
+    """Give back what torch has pinned and nobody uses, which it would keep for itself until the process ends."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        (getattr(torch._C, "_host_emptyCache", None) or torch.accelerator.empty_host_cache)()
+
+
+def free_in_host(root: Path = Path("/")) -> int:
+    """Bytes that this process may still take of the host's memory, where the system tells (Linux: what is available, and what each of the
+    control groups that it is in has left, files that can be read again not counted). root: of the file system."""
     known = [1 << 62]
-    if (told := Path("/proc/meminfo")).exists():
+    if (told := root / "proc/meminfo").exists():
         known += [int(line.split()[1]) << 10 for line in told.read_text().splitlines() if line.startswith("MemAvailable:")]
-    group = Path("/sys/fs/cgroup")
-    if (most := group / "memory.max").exists() and (limit := most.read_text().strip()).isdigit():
-        known.append(int(limit) - int((group / "memory.current").read_text()))
+    for line in groups.read_text().splitlines() if (groups := root / "proc/self/cgroup").exists() else ():
+        _, controllers, path = line.split(":", 2)
+        kind = "memory" if "memory" in controllers.split(",") else controllers
+        if kind not in GROUPS:
+            continue
+        base, most, now, files = GROUPS[kind]
+        group = root / "sys/fs/cgroup" / base / path.strip("/")
+        for at in (group, *group.parents):  # whichever there are: in a container the path may be the host's
+            if (at / now).exists() and (limit := (at / most).read_text().strip()).isdigit():
+                again = sum(int(row.split()[1]) for row in (at / "memory.stat").read_text().splitlines() if row.split()[0] == files)
+                known.append(int(limit) - int((at / now).read_text()) + again)
     return min(known)

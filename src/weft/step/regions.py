@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from weft.core import base_class
 from weft.step.graph import Chain
-from weft.step.offload import Offload
+from weft.step.offload import Offload, unpin
 from weft.step.warming import compiler
 
 logger = logging.getLogger("weft")
@@ -154,8 +154,9 @@ def settle(budget: float) -> None:
 
 def lenders(layers: list[nn.Module], share: float) -> list[nn.Module]:
     """About this share of the layers, as far apart as can be, for what they keep to wait elsewhere: none of those whose turn in the
-    backward pass comes first, and none below the lowest trained one, which keep nothing."""
-    keeping = [layer for i, layer in enumerate(layers) if any(map(trains, layers[: i + 1]))]
+    backward pass comes first, and none below the lowest trained one, which keep nothing (if none of them is trained,
+    what comes before them is)."""
+    keeping = layers[layers.index(lowest(layers)) :] if layers else []
     return keeping[:-1] if share == 1 else [layer for i, layer in enumerate(keeping[: -AHEAD - 1]) if i * share % 1 < share]
 
 
@@ -188,5 +189,10 @@ def uninstall(layers: list[nn.Module], settings: bool = True) -> None:
     while settings and _before:
         config, name, value = _before.pop()
         setattr(config, name, value)
+    regions = [layer._compiled_call_impl for layer in layers]
+    lending = {region.offload.device for region in regions if isinstance(region, Region) and region.offload is not None}
+    del regions[:]  # they hold the buffers
     for layer in layers:
         layer._compiled_call_impl = None
+    for device in lending:
+        unpin(device)
