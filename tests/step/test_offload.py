@@ -17,8 +17,8 @@ from tests.step.test_loss import rows
 from tests.step.test_twin import build as model_of
 from weft.core import WeftError
 from weft.data import pad
+from weft.step import capture, levels, offload, prepare
 from weft.step import fast as steps
-from weft.step import levels, offload, prepare
 from weft.step import regions as places
 from weft.step.offload import Offload
 from weft.step.regions import lenders
@@ -398,6 +398,50 @@ def tried(compile: bool) -> tuple[steps.Fast, Any, Any]:
     fast = prepare(model, batch, parameters, compile=compile, memory=1.0, varying=False, say=pytest.fail)
     fast.cuda = True
     return fast, batch, parameters
+
+
+def test_few_layers_of_which_none_can_lend() -> None:
+    """They are within the budget all the same, and no more is said than is so."""
+    fast, _, _ = tried(False)
+    fast.compiled = True
+    assert len(fast.layers) <= places.AHEAD + 1 and fast.away(0.75) == 0.0 and fast.away(0.0) == 1.0
+    fast.layers = build(8)  # type: ignore[assignment]
+    assert fast.away(0.75) == 0.25
+
+
+def test_a_host_without_room_leaves_the_same_without_lending(monkeypatch: pytest.MonkeyPatch) -> None:
+    fast, batch, parameters = tried(False)
+    expected = steps.measure(fast.model, [batch], fast.loss, parameters)
+    monkeypatch.setattr(offload, "free_in_host", lambda: 1000)
+    fast.install(0.0)
+    assert fast.lending and "recomputed, what they keep in host memory" in fast.describe()
+    said: list[str] = []
+    found, why = steps._pass(fast, batch, parameters, said.append)
+    assert found is not None and not why and found[0] == pytest.approx(expected[0])
+    assert (fast.level, fast.lending) == (0.0, 0) and fast.describe().endswith("layers recomputed")
+    assert len(said) == 1 and "host's memory with 0% of the activations kept; trying without lending" in said[0]
+
+
+def test_what_a_step_takes_counts_what_lies_in_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """But not what an earlier, larger try took."""
+    fast, batch, parameters = tried(False)
+    moments = 8 * sum(p.numel() for p in parameters.values())
+    for name, value in (("current_device", 0), ("reset_peak_memory_stats", None), ("memory_allocated", 100), ("max_memory_allocated", 600)):
+        monkeypatch.setattr(torch.cuda, name, lambda device=None, value=value: value)
+    monkeypatch.setattr(capture, "_before", {0: 9000})
+    for inside, most, expected in ((500, 1100, 1.0), (500, 1099, levels.LEVELS[1]), (0, 600, 1.0)):
+        monkeypatch.setattr(capture, "_inside", {"graphs": (0, inside, 0)})
+        fast.install(1.0)
+        fast.most = most + moments
+        said: list[str] = []
+
+        def told(what: str, said: list[str] = said) -> None:
+            said.append(what)
+            monkeypatch.setattr(capture, "_inside", {})  # as where the next level has no graphs
+
+        steps._pass(fast, batch, parameters, told)
+        assert fast.level == expected and len(said) == (expected < 1)
+    fast.close()
 
 
 def test_closing_gives_back_what_was_pinned(monkeypatch: pytest.MonkeyPatch) -> None:

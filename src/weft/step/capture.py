@@ -96,7 +96,7 @@ class Card:
 
     def __init__(self, device: torch.device, insist: bool) -> None:
         self.device, self.insist = device, insist
-        self.index = device.index if device.index is not None else torch.cuda.current_device()
+        self.index = _index(device)
         self.stream, self.pool = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
         self.bytes = 0
 
@@ -176,19 +176,28 @@ def able(device: torch.device) -> bool:
 def peak_memory(device: torch.device) -> int:
     """The most bytes that were taken on a card since `reset_peak_memory`. A replay allocates nothing, so the allocator's own figure
     (`torch.cuda.max_memory_allocated`) does not see what lies inside graphs."""
-    index = device.index if device.index is not None else torch.cuda.current_device()
+    return max(_before.get(_index(device), 0), recent_peak(device))
+
+
+def recent_peak(device: torch.device) -> int:
+    """The same since the allocator's own figure began anew."""
+    index = _index(device)
     inside = [(waiting, most) for card, waiting, most in _inside.values() if card == index]
     waiting, most = (max(column) for column in zip((0, 0), *inside, strict=True))
     # Beside what waits for the backward pass stands the loss; beside the most of the backward pass only what stays.
-    return max(_before.get(index, 0), torch.cuda.max_memory_allocated(index) + waiting, torch.cuda.memory_allocated(index) + most)
+    return max(torch.cuda.max_memory_allocated(index) + waiting, torch.cuda.memory_allocated(index) + most)
 
 
 def reset_peak_memory(device: torch.device) -> None:
     """Count from here on."""
-    _before.pop(device.index if device.index is not None else torch.cuda.current_device(), None)
+    _before.pop(_index(device), None)
     torch.cuda.reset_peak_memory_stats(device)
 
 
 def remember(device: torch.device) -> None:
     """Keep the peak up to here, though the allocator's own figure begins anew or graphs go."""
-    _before[device.index if device.index is not None else torch.cuda.current_device()] = peak_memory(device)
+    _before[_index(device)] = peak_memory(device)
+
+
+def _index(device: torch.device) -> int:
+    return device.index if device.index is not None else torch.cuda.current_device()

@@ -33,15 +33,16 @@ from weft.kernels.launch import usable
 from weft.kernels.scratch import release
 from weft.quant import QuantLinear
 from weft.step import early, elide, twin
-from weft.step.capture import able, remember
+from weft.step.capture import able, recent_peak, remember
 from weft.step.check import active_dropout, as_stored, bounds, differences, measure, pieces, recomputes, stirred, stored
 from weft.step.fp8 import BOUND, narrowable, watched
 from weft.step.graph import Chain, brief
 from weft.step.inside import Inside
-from weft.step.levels import LEVELS, RECOMPUTE, Memory, amount, fitting, kept, lent
+from weft.step.levels import LEVELS, RECOMPUTE, Memory, amount, fitting, kept, lent, told
 from weft.step.loss import Batch, fusible, loss_sum, loss_sums, unmaskable
+from weft.step.offload import HostFull
 from weft.step.placed import STEP, close_earlier, ended, put, take
-from weft.step.regions import install, repeated, settle, uninstall
+from weft.step.regions import install, lenders, repeated, settle, uninstall
 from weft.step.routing import each, routed
 from weft.step.warming import card, warm
 
@@ -68,6 +69,7 @@ class Fast:
     graphs: bool = False  # compiled layers run as CUDA graphs, where that can be; gradients are then those of `backward()` alone
     insist: bool = False  # also where these leave little memory
     most: int = 0  # bytes that may be taken, if that was asked for
+    lends: bool = True  # layers may lend: the host has room for it
     lending: int = 0  # layers that keep what they keep in the host's memory
     chain: Chain | None = None
     ahead: Thread | None = None  # compiles kernels while the plain pass works
@@ -88,10 +90,15 @@ class Fast:
         """Within it every row of this batch goes through its owner's adapter."""
         return routed(self.model, batch)
 
+    def away(self, level: float) -> float:
+        """The share of the layers that lend what they keep."""
+        share = lent(level) if self.cuda and self.lends and (self.compiled or level == 0) else 0.0
+        return share if lenders(self.layers, share) else 0.0
+
     def install(self, level: float, ahead: bool = False) -> None:
         """Regions for this level of memory. ahead: a layer was compiled for it, and is not once more."""
         self.level = level
-        away = lent(level) if self.cuda and (self.compiled or level == 0) else 0.0
+        away = self.away(level)
         share, recompute = kept(level, away), 0
         if not self.compiled:  # without a compiler to choose what is cheap, whole layers are kept or not
             share, recompute = 1.0, len(self.layers) if level < RECOMPUTE else round((1 - level) * len(self.layers))
@@ -142,15 +149,7 @@ class Fast:
         parts.append("no logits formed" if self.head is not None else "all logits formed")
         if self.unmasked:
             parts.append("padding not masked")
-        if self.lending and self.level:
-            parts.append(f"activations kept, those of {self.lending} layers in host memory")
-        elif self.level >= 1:
-            parts.append("activations kept")
-        elif self.level >= RECOMPUTE:
-            parts.append(f"{self.level:.0%} of the activations kept")
-        else:
-            parts.append("layers recomputed" + (", what they keep in host memory" if self.level == 0 and self.cuda else ""))
-        return "step: " + ", ".join(parts)
+        return "step: " + ", ".join([*parts, told(self.level, self.lending)])
 
 
 @stored
@@ -283,7 +282,7 @@ def _compile_ahead(fast: Fast, batch: Batch, parameters: Mapping[str, nn.Paramet
     processes exchange what their layers need: a copy's call, and a forward pass that ends at the first layer, are no part of that."""
     if not fast.compiled or not fast.cuda or fast.narrow or _several():
         return None
-    settle(kept(fast.level, lent(fast.level)))
+    settle(kept(fast.level, fast.away(fast.level)))
     torch._dynamo.reset()
     with fast.routed(batch):
         thread = twin.begin(fast.model, fast.layers, fast.inside, parameters.values(), fast.varying, lambda: fast.loss(batch))
@@ -308,7 +307,7 @@ def _pass(
                     if fast.ahead is not None:
                         fast.ahead.join()  # its nodes that add gradients would be in the way of a capture
                     found = measure(fast.model, [batch], fast.loss, parameters)
-            taken = torch.cuda.max_memory_allocated(batch.input_ids.device) + moments if fast.most else 0
+            taken = recent_peak(batch.input_ids.device) + moments if fast.most else 0
             if taken <= fast.most:
                 return found, ""
             why = f"{taken / 1e9:.1f} GB taken"
@@ -316,17 +315,18 @@ def _pass(
                 say(f"the step takes {taken / 1e9:.1f} GB, more than train.memory, whatever is recomputed: lower train.tokens")
                 return found, ""
         except torch.OutOfMemoryError as e:  # what it holds goes with the exception, before the next try
-            why = str(e).split(". ")[0]
+            why, fast.lends = str(e).split(". ")[0], fast.lends and not isinstance(e, HostFull)
         except Exception as e:  # a compiler's failure has many types; the plain path is right, only slower
             if not fast.compiled and not fast.tail:
                 raise
             _clear(parameters)
             return None, f"could not be compiled or run ({type(e).__name__}: {str(e).strip().splitlines()[0][:300]})"
         _clear(parameters)
-        lower = [level for level in LEVELS if level < fast.level]
+        full = bool(fast.lending) and not fast.lends  # the host, not the card: the same without it
+        lower = [fast.level] if full else [level for level in LEVELS if level < fast.level]
         if not lower:
             raise WeftError("a micro-batch does not fit into the memory, whatever is recomputed: lower train.tokens")
-        say(f"{why} with {fast.level:.0%} of the activations kept; trying less")
+        say(f"{why} with {fast.level:.0%} of the activations kept; trying {'without lending' if full else 'less'}")
         fast.install(lower[0])
 
 

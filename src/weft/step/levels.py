@@ -54,6 +54,15 @@ def kept(level: float, lent: float) -> float:
     return MOST if lent else min(level, MOST)
 
 
+def told(level: float, lending: int) -> str:
+    """What is kept, in words. lending: how many layers keep what they keep in the host's memory."""
+    if lending and level:
+        return f"activations kept, those of {lending} layers in host memory"
+    if level >= RECOMPUTE:
+        return "activations kept" if level >= 1 else f"{level:.0%} of the activations kept"
+    return "layers recomputed" + (", what they keep in host memory" if lending else "")
+
+
 def fitting(batch: Batch, memory: float | None, layers: list[nn.Module], compiled: bool) -> float:
     """The share of activations to keep, of what `amount` says. On a CPU "auto" keeps all."""
     device = batch.input_ids.device
@@ -95,15 +104,16 @@ def rates(device: torch.device) -> tuple[float, float]:
         logger.info("nothing is lent to the host, whose memory cannot be pinned: %s", e)
         return 1.0, 1.0
     seconds = []
-    for work in (lambda: host.copy_(x, non_blocking=True), lambda: torch.mm(x, x, out=y)):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        work()
-        start.record()  # type: ignore[no-untyped-call]
-        for _ in range(4):
+    with torch.cuda.device(device):  # whose stream the events are of
+        for work in (lambda: host.copy_(x, non_blocking=True), lambda: torch.mm(x, x, out=y)):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             work()
-        end.record()  # type: ignore[no-untyped-call]
-        end.synchronize()  # type: ignore[no-untyped-call]
-        seconds.append(start.elapsed_time(end) / 4e3)  # type: ignore[no-untyped-call]
+            start.record()  # type: ignore[no-untyped-call]
+            for _ in range(4):
+                work()
+            end.record()  # type: ignore[no-untyped-call]
+            end.synchronize()  # type: ignore[no-untyped-call]
+            seconds.append(start.elapsed_time(end) / 4e3)  # type: ignore[no-untyped-call]
     return 2 * n * n / seconds[0], 2 * n**3 / seconds[1]
 
 
