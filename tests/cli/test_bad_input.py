@@ -245,6 +245,8 @@ CASES = [
     Case("recipe: device unknown", lambda w, at: ["train", *w.flags, "--train.device", "gpu"], ("train.device", "gpu")),
     Case("recipe: device not here", lambda w, at: ["train", *w.flags, "--train.device", "cuda:99"], ("train.device", "cuda:99")),
     Case("device: not here", lambda w, at: ["generate", "--model", w.base, "--device", "cuda:99", "x"], ("cuda:99", "torch finds")),
+    Case("demo: output is a file", lambda w, at: ["demo", "-o", w.rows], ("is a file: name a folder",)),
+    Case("demo: device not here", lambda w, at: ["demo", "-o", at / "demo", "--device", "cuda:99"], ("cuda:99", "torch finds")),
     Case("device: unknown", lambda w, at: ["generate", "--model", w.base, "--device", "gpu", "x"], ("--device gpu", "cuda")),
 ]  # fmt: skip
 

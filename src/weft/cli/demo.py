@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from weft.cli.common import out, step
+from weft.cli.common import check_device, out, step
 from weft.cli.main import UsageError
 
 LIVE = ("LoRA r=1", "LoRA r=8", "full fine-tuning")  # the other rows come from the committed sweep, unless --all
@@ -29,9 +29,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     folder = Path(args.output).expanduser()
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"{folder} is a file: name a folder with -o")
     marker = folder / "demo-report.html"
     if folder.exists() and any(folder.iterdir()) and not marker.exists() and not (folder / ".weft-demo").exists() and not args.overwrite:
         raise UsageError(f"{folder} holds files of something else: name another folder with -o, or pass --overwrite")
+    check_device(args.device)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / ".weft-demo").touch()
     with step("loading libraries", tell=False):
