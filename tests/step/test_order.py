@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from tests.step.test_offload import CPU, build, gradients, through
-from weft.step import offload
+from tests.step.test_offload import CPU, Layer, build, gradients, through
+from weft.step import levels, offload
 from weft.step.offload import Offload
 
 
@@ -133,3 +133,45 @@ def test_a_race_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
                     through(layers, torch.randn(8, 5, 16), how, lambda i: True).backward()
             assert seen.races, broken
             gradients(layers)
+
+
+def passes(layers: list[Layer], device: torch.device, how: Offload) -> None:
+    """Whole passes, each after one that breaks off and one that is asked for a part, against the same without lending."""
+    for n in (300, 511, 300):
+        x = torch.randn(4, n, 512, device=device)
+        through(layers, x, None, bool).backward()
+        expected = gradients(layers)
+        torch.autograd.grad(through(layers, x, how, lambda i: i % 2 == 0), [layers[4].two.bias])
+        hook = layers[3].two.register_full_backward_hook(fail)
+        with pytest.raises(KeyError):
+            through(layers, x + 1, how, lambda i: i % 2 == 0).backward()
+        hook.remove()
+        for layer in layers:
+            layer.zero_grad()
+        through(layers, x, how, lambda i: i % 2 == 0).backward()
+        for found, right in zip(gradients(layers), expected, strict=True):
+            torch.testing.assert_close(found, right)
+
+
+def fail(*args: object) -> None:
+    raise KeyError("in the middle")
+
+
+def test_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, how = order(monkeypatch, 2)
+    passes(build(6, 512), CPU, how)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: a CPU has no streams")
+def test_on_a_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the last one there is, whichever is current."""
+    monkeypatch.setattr(offload, "LEAST", 1 << 16)
+    device = torch.device("cuda", torch.cuda.device_count() - 1)
+    how = Offload(device, 2)
+    assert how.stream.device == device
+    passes([layer.to(device) for layer in build(6, 512)], device, how)
+    assert how.bytes and all(place.is_pinned() for free in how.pinned.values() for place in free)
+    link, products = levels.rates(device)
+    assert 1e8 < link < 1e12 and 1e11 < products < 1e16
+    del how  # and all that it pinned
+    offload.unpin(device)
