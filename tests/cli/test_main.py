@@ -32,6 +32,21 @@ def test_nothing_heavy_is_loaded_to_help(words: list[str]) -> None:
     assert subprocess.run([sys.executable, "-c", code, *words], capture_output=True, check=False).returncode == 0
 
 
+@pytest.mark.parametrize(
+    "words",
+    [["train", "--help"], ["train", "--method=DoRA", "-h"], ["completion", "bash"], ["train", "--data.trian", "x"],
+     ["train", "--data.train", "x", "--print-recipe"], ["train", "--data.train", "x", "--train.steps", "0", "--base", "nf9"]],
+)  # fmt: skip
+def test_of_what_is_heavy_help_and_a_recipe_need_torch_alone(words: list[str]) -> None:
+    code = (
+        "import sys; from weft.cli.main import main; code = main(sys.argv[1:]); heavy = {'torch._dynamo', 'transformers'};"
+        "print(code, *sorted(heavy & set(sys.modules)), file=sys.stderr)"
+    )
+    ran = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=True)
+    wrong = any("trian" in word or word == "nf9" for word in words)
+    assert ran.stderr.splitlines()[-1] == ("2" if wrong else "0") and bool(ran.stdout) != wrong
+
+
 @pytest.mark.parametrize("words", [(), ("--help",), ("-h",), ("help",)])
 def test_the_overview_names_every_command(run: Callable[..., Ran], words: tuple[str, ...]) -> None:
     ran = run(*words)

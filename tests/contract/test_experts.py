@@ -245,6 +245,12 @@ def test_compiled_experts_are_grouped_without_a_graph_break(kind: str, base: str
     assert len(products) == 2 + 4 * len(ranks) - (base != "plain") * 2  # a packed weight's product is inside of its Function
 
 
+def test_for_the_compiler_a_device_has_grouped_products_or_not_for_good() -> None:
+    """The mark is torch's own, set without what its decorator imports."""
+    marked = torch.compiler.assume_constant_result(lambda: True)
+    assert vars(marked) and vars(grouped.has_grouped_products) == vars(marked)
+
+
 def test_experts_of_other_processes_add_nothing() -> None:
     torch.manual_seed(0)
     model = Holder("Mixtral", 20, 13)

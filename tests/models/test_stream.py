@@ -16,7 +16,7 @@ import weft
 from tests.conftest import gpt2, llama
 from weft.models import packed, shards
 from weft.models.load import _check_numbers
-from weft.quant import FORMATS, is_quantised, quantise_
+from weft.quant import FORMATS, is_quantised, parse_base, quantise_
 
 IDS = torch.arange(5, 14)[None]
 
@@ -55,7 +55,7 @@ def test_streaming_equals_loading_then_packing(kind: str, base: str, tmp_path: P
     folder = saved(tmp_path, MODELS[kind]())
     streamed = weft.load_base(folder, base, "cpu")
     plain = weft.load_base(folder, str(streamed.dtype).removeprefix("torch.").replace("float", "fp").replace("bfp", "bf"), "cpu")
-    name, options = weft.models.load.parse_base(base)
+    name, options = parse_base(base)
     quantise_(plain, name, **options)
     assert [type(m).__name__ for m in streamed.modules()] == [type(m).__name__ for m in plain.modules()]
     theirs = dict(plain.state_dict())

@@ -12,7 +12,7 @@ import weft
 from weft.core import WeftError
 from weft.train import load_recipe, mean_loss
 from weft.train.evaluate import exact_match
-from weft.train.fit import RunData
+from weft.train.single import RunData
 
 
 @pytest.fixture(autouse=True)

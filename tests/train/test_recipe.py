@@ -8,6 +8,7 @@ import pytest
 
 from weft.cli.settings import documented
 from weft.core import METHODS, WeftError
+from weft.data import DataConfig
 from weft.methods import Full, LoRA
 from weft.train import EvalConfig, Recipe, TrainConfig, dump_recipe, load_recipe, settings, to_dict
 
@@ -160,6 +161,8 @@ def test_every_setting_says_what_it_means():
         for part in key.split("."):
             assert part in at, key
             at = at[part]
-    for cls in (Recipe, TrainConfig, EvalConfig):
+    for cls in (Recipe, TrainConfig, EvalConfig, DataConfig, *METHODS.values()):
         said = documented(cls)
         assert all(said.get(f.name) for f in dataclasses.fields(cls)), cls
+    assert documented(DataConfig)["packing"] == "lay rows end to end, so that there is no padding. Rows never see each other."
+    assert documented(TrainConfig)["accumulate"].startswith("Micro-batches per optimiser step. Their losses")  # two lines in the source

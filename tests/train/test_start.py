@@ -16,7 +16,7 @@ import weft
 from weft.cli.main import main
 from weft.core import WeftError
 from weft.train import load_recipe, run_recipe, run_recipes
-from weft.train.fit import RunData
+from weft.train.single import RunData
 
 STILL = {"train__steps": 1, "train__lr": 1e-12, "method__dropout": 0.0, "method__rank": 6}  # a run that ends where it began
 

@@ -166,8 +166,7 @@ def packed_file(model: str) -> bool:
 
 def _as_trained(model: str, adapters: Sequence[Given]) -> str:
     """The packed format that the first adapter's recipe gave its base; "auto" where it gave none, or where the model's file is packed."""
-    from weft.models import parse_base
-    from weft.quant import FORMATS
+    from weft.quant import FORMATS, parse_base
 
     named = str(settings_of(adapters[0].folder).get("base", "auto")) if adapters else "auto"
     if parse_base(named)[0] not in FORMATS or packed_file(model):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
+from functools import cache
 
 from weft.cli.main import COMMANDS, parser_of
 
@@ -24,9 +25,14 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+@cache
+def _actions(command: str) -> tuple[argparse.Action, ...]:
+    return tuple(parser_of(command)._actions)
+
+
 def flags(command: str) -> Iterator[tuple[str, str, list[str] | None]]:
     """(flag, help, values) of a command: values are None for a switch, and empty where anything can stand."""
-    for action in parser_of(command)._actions:
+    for action in _actions(command):
         values = None if action.nargs == 0 else [str(c) for c in action.choices or getattr(action, "values", ())]
         about = " ".join((action.help or "").split()).replace("%%", "%")
         yield from ((flag, about, values) for flag in action.option_strings)
@@ -35,7 +41,7 @@ def flags(command: str) -> Iterator[tuple[str, str, list[str] | None]]:
 def _words(command: str) -> str:
     """What may stand behind a command, in one line: its flags, and the words of a positional that has a choice."""
     found = [flag for flag, _, _ in flags(command)]
-    found += [str(c) for a in parser_of(command)._actions if not a.option_strings for c in a.choices or ()]
+    found += [str(c) for a in _actions(command) if not a.option_strings for c in a.choices or ()]
     return " ".join(found)
 
 

@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
         from weft.models import attention
         from weft.train import exact_match, mean_loss
         from weft.train.evaluate import check_lengths
-        from weft.train.fit import spread
+        from weft.train.single import spread
     config = data_config(args, adapters)
     with step("reading rows"):
         rows = spread(load_rows(config.train, config.format), args.rows)

@@ -58,7 +58,7 @@ def _unknown(word: str, known: Sequence[str]) -> str:
     return f"unknown flag {word}" + (f"; did you mean {near[0]}?" if near else "")
 
 
-def parser_of(command: str, *about: str) -> Parser:
+def parser_of(command: str, *about: Any) -> Parser:
     """The argument parser of one command; `about` is what the command's own `arguments` takes besides."""
     what = COMMANDS[command]
     shape = argparse.RawDescriptionHelpFormatter
@@ -105,8 +105,8 @@ def _run(words: list[str]) -> int:
         near = get_close_matches(command, COMMANDS, n=1, cutoff=0.7)
         hint = f"did you mean weft {near[0]}?" if near else "weft --help lists the commands"
         raise UsageError(f"there is no {what} {command!r}; {hint}")
-    module, parser = import_module(f"weft.cli.{command}"), parser_of(command)
-    args = module.parse(parser, words[1:]) if hasattr(module, "parse") else parser.parse_args(words[1:])
+    module = import_module(f"weft.cli.{command}")
+    args = module.parse(words[1:]) if hasattr(module, "parse") else parser_of(command).parse_args(words[1:])
     return module.run(args) or 0
 
 

@@ -61,8 +61,7 @@ def run(args: argparse.Namespace) -> int:
         import weft.adapters
         from weft.cli.quantize import write
         from weft.core import WeftError
-        from weft.models import BASES
-        from weft.quant import Quantised, quantise_, unpack_
+        from weft.quant import BASES, Quantised, quantise_, unpack_
 
     trained = _trained_in(base, adapter.folder, args.base)
     into = _packing(args)
@@ -119,8 +118,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _trained_in(base: str, folder: Path, given: str) -> str | None:
     """The packed format that the adapter was trained on, by --base, its recipe or the base's own file; None for a plain one."""
-    from weft.models import parse_base
-    from weft.quant import FORMATS
+    from weft.quant import FORMATS, parse_base
 
     for text in (given, str(settings_of(folder).get("base", "auto"))):
         if parse_base(text)[0] in FORMATS:
@@ -136,8 +134,7 @@ def _began_with_the_loss(folder: Path) -> bool:
 
 def _packing(args: argparse.Namespace) -> tuple[str, dict[str, Any]] | None:
     """The packed format to write and its options, None without --into."""
-    from weft.models import BASES, parse_base
-    from weft.quant import format_of, writable
+    from weft.quant import BASES, format_of, parse_base, writable
 
     given = {k: v for k in ("rounding", "seed") if (v := getattr(args, k)) is not None}
     if args.into is None:
@@ -187,8 +184,7 @@ def changes(model: Any, dtype: Any, trained: str | None, into: tuple[str, Any] |
     import torch
 
     from weft.core import masters, sites, slot_of
-    from weft.models import parse_base
-    from weft.quant import FORMATS, dense, roundtrip
+    from weft.quant import FORMATS, dense, parse_base, roundtrip
 
     before = parse_base(trained) if trained else None
     found: list[tuple[str, float, float, float | None]] = []
@@ -235,7 +231,8 @@ def _formats(base: str, args: argparse.Namespace, trained: str | None) -> tuple[
     import torch
     from transformers import AutoConfig
 
-    from weft.models import BASES, resolve
+    from weft.models import resolve
+    from weft.quant import BASES
 
     source = resolve(base)
     try:

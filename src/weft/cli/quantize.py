@@ -33,9 +33,9 @@ def run(args: argparse.Namespace) -> int:
     with step("loading libraries", tell=False):
         from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-        from weft.models import load_base, parse_base
+        from weft.models import load_base
         from weft.models.load import skeleton
-        from weft.quant import FORMATS, format_of, relative_error
+        from weft.quant import FORMATS, format_of, parse_base, relative_error
     kind, _ = parse_base(args.base)
     if kind not in FORMATS:
         raise UsageError(f"--base {args.base} is no format that quantises: write nf4, fp4, int8 or fp8")

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+import ast
+import inspect
+import re
+import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import MISSING, fields, is_dataclass
+from functools import cache
+from itertools import pairwise
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
-
-import docstring_parser
 
 from weft.core import METHODS, Method
 from weft.train import Recipe
 from weft.train.reading import in_words as words
 
 
-def add(parser: argparse.ArgumentParser, method: str | None = None) -> None:
-    """One flag for every setting, a group for every part of the recipe and for every method, or for the one named."""
+def add(parser: argparse.ArgumentParser, shown: Sequence[str] | None = None) -> None:
+    """One flag for every setting, a group for every part of the recipe and for every method `shown`: all of them if None."""
     methods = _sorted()
     top = parser.add_argument_group("recipe", _first(Recipe))
     hints, helps = get_type_hints(Recipe), documented(Recipe)
@@ -29,19 +33,18 @@ def add(parser: argparse.ArgumentParser, method: str | None = None) -> None:
     for f in fields(Recipe):
         kind = hints[f.name]
         if isinstance(kind, type) and issubclass(kind, Method):
-            _methods(parser, f.name, method)
+            _methods(parser, f.name, {name: cls for name, cls in methods.items() if shown is None or name in shown})
         elif is_dataclass(kind):
             group = parser.add_argument_group(f.name, _first(kind))
             for name, inner, default, text in _settings(kind):
                 _flag(group, f"{f.name}.{name}", inner, default, text)
 
 
-def _methods(parser: argparse.ArgumentParser, prefix: str, only: str | None) -> None:
+def _methods(parser: argparse.ArgumentParser, prefix: str, shown: dict[str, type[Method]]) -> None:
     """What all methods have, then what each has of its own. A name that several share stands once, with the default of each."""
     group = parser.add_argument_group(prefix, "What every method has.")
     for name, kind, default, text in _settings(Method):
         _flag(group, f"{prefix}.{name}", kind, default, text)
-    shown = {name: cls for name, cls in _sorted().items() if only in (None, name)}
     owners: dict[str, list[tuple[str, Any]]] = {}
     for title, cls in shown.items():
         for name, _, default, _ in _settings(cls):
@@ -75,14 +78,36 @@ def documented(cls: type) -> dict[str, str]:
     found: dict[str, str] = {}
     for each in reversed(cls.__mro__):
         if is_dataclass(each) and each.__doc__:
-            parsed = docstring_parser.parse_from_object(each)
-            found |= {p.arg_name: " ".join(p.description.split()) for p in parsed.params if p.description}
-    return found
+            found |= _args(each) | _below(each.__module__).get(each.__qualname__, {})
+    return {name: " ".join(text.split()) for name, text in found.items()}
+
+
+def _args(cls: type) -> dict[str, str]:
+    """What stands behind each name under `Args:` in the class's docstring."""
+    listed = inspect.cleandoc(cls.__doc__ or "").partition("\nArgs:\n")[2]
+    return dict(re.findall(r"^ {4}(\w+): (.+(?:\n {5,}.+)*)", re.split(r"^\S", listed, maxsplit=1, flags=re.M)[0], re.M))
+
+
+@cache
+def _below(module: str) -> dict[str, dict[str, str]]:
+    """Class -> field -> the docstring under it, of one module. Python keeps it nowhere but in the source."""
+    try:
+        tree = ast.parse(inspect.getsource(sys.modules[module]))
+    except (OSError, TypeError):  # no file: a method that was typed in
+        return {}
+    return {
+        cls.name: {
+            ast.unparse(field.target): text.value.value for field, text in pairwise(cls.body)
+            if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant)
+            and isinstance(text.value.value, str)
+        }
+        for cls in tree.body if isinstance(cls, ast.ClassDef)
+    }  # fmt: skip
 
 
 def _first(cls: type) -> str:
-    """The first sentence of a class's docstring."""
-    return (docstring_parser.parse(cls.__doc__ or "").short_description or "").strip()
+    """The first line of a class's docstring."""
+    return (cls.__doc__ or "").strip().partition("\n")[0]
 
 
 def _default(field: Any) -> Any:

@@ -15,8 +15,8 @@ VALUED = ("--resume",)
 SHORT = {"--profile": "--train.profile=true", "--no-self-check": "--train.self_check=false"}  # settings under a shorter name
 
 
-def arguments(parser: argparse.ArgumentParser, method: str | None = None) -> None:
-    """All flags; of the methods' own those of one, if it is named."""
+def arguments(parser: argparse.ArgumentParser, methods: Sequence[str] | None = None) -> None:
+    """All flags; of the methods' own those of `methods`. If that names none, no settings either, which `parse` leaves to `load_recipe`."""
     parser.usage = "weft train [RECIPE.yaml] [--data.train FILE] [--method.rank 16] [--train.lr 1e-3] [...]"
     parser.epilog = (
         "A flag goes over what the recipe says. Values are written as in YAML: true, null, [a, b], {q_proj: 8}.\n\n"
@@ -32,15 +32,16 @@ def arguments(parser: argparse.ArgumentParser, method: str | None = None) -> Non
     parser.add_argument("--profile", action="store_true", help="write a trace and a table of where the time of three steps goes")
     parser.add_argument("--no-self-check", action="store_true", help="do not hold the fast step against the plain one first")
     parser.add_argument("--print-recipe", action="store_true", help="print the whole recipe as YAML, defaults filled in, and stop")
-    with step("loading libraries", tell=False):
-        from weft.cli import settings
-    settings.add(parser, method)
+    if methods is None or methods:
+        with step("loading libraries", tell=False):
+            from weft.cli import settings
+        settings.add(parser, methods)
 
 
-def parse(parser: argparse.ArgumentParser, words: Sequence[str]) -> argparse.Namespace:
+def parse(words: Sequence[str]) -> argparse.Namespace:
     """The command's own flags through argparse; settings are left to `load_recipe`, which tells all that is wrong with them at once."""
     if {"-h", "--help"} & set(words):
-        parser_of("train", _method(words)).print_help()
+        parser_of("train", [_method(words)]).print_help()
         raise SystemExit(0)
     own: list[str] = []
     recipes: list[str] = []
@@ -64,19 +65,20 @@ def parse(parser: argparse.ArgumentParser, words: Sequence[str]) -> argparse.Nam
     if len(recipes) > 1:
         hint = "A list is one word: --data.train '[a.jsonl, b.jsonl]'"
         raise UsageError(f"one recipe at a time, not {len(recipes)}: {', '.join(recipes)}. {hint}")
-    args = parser.parse_args(own)
+    args = parser_of("train", []).parse_args(own)
     args.recipe, args.flags = recipes[0] if recipes else None, flags
     return args
 
 
 def _method(words: Sequence[str]) -> str:
     """The method that `--method` names among these words, or the default one."""
-    from weft.core import METHODS
-
     named = [after for word, after in zip(words, [*words[1:], ""], strict=True) if word == "--method"]
     named += [word.partition("=")[2] for word in words if word.startswith("--method=")]
     if not named:
         return "LoRA"
+    with step("loading libraries", tell=False):
+        import weft.methods  # noqa: F401 (which fills METHODS)
+        from weft.core import METHODS
     if named[-1] not in METHODS:
         lower = {name.lower(): name for name in METHODS}
         near = get_close_matches(named[-1].lower(), lower, n=1)
@@ -86,14 +88,16 @@ def _method(words: Sequence[str]) -> str:
 
 
 def run(args: argparse.Namespace) -> int:
-    from weft.train import dump_recipe, load_recipes, run_recipe, run_recipes
-
     if args.recipe is None and not args.flags:
         raise UsageError("what to train on? weft train --data.train rows.jsonl, or weft train recipe.yaml. See: weft train --help")
+    with step("loading libraries", tell=False):
+        from weft.train import dump_recipe, load_recipes
     recipes = load_recipes(args.recipe, args.flags)
     if args.print_recipe:
         print("---\n".join(map(dump_recipe, recipes)), end="")
         return 0
+    with step("loading libraries", tell=False):
+        from weft.train import run_recipe, run_recipes
     if len(recipes) > 1:
         results = run_recipes(recipes, resume=args.resume, overwrite=args.overwrite)
         losses = {r.adapter: r.eval_loss for r in results if r.eval_loss is not None}

@@ -12,7 +12,6 @@ from typing import Any
 import huggingface_hub
 import torch
 import transformers
-import yaml
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers.utils import logging
@@ -20,10 +19,9 @@ from transformers.utils import logging
 from weft.core import WeftError
 from weft.models import packed, stream
 from weft.models.shards import Lazy, Shards
-from weft.quant import FORMATS, candidates, computing, format_of, writable
+from weft.quant import BASES, FORMATS, candidates, computing, format_of, parse_base, writable
 
 EMBEDDED = Path(__file__).parent / "embedded"
-BASES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # how the frozen weights are stored, 4, 2 and 2 bytes each
 
 
 def resolve(name: str | Path) -> str:
@@ -42,28 +40,6 @@ def resolve(name: str | Path) -> str:
         what = "is a file" if path.exists() else "is no folder here"
         raise WeftError(f"{text!r} {what}, nor of the form of a hub id (org/name). Write a model's folder, a hub id, or 'embedded'")
     return text
-
-
-def parse_base(base: str) -> tuple[str, dict[str, Any]]:
-    """("nf4", {"block": 128, "nested": False}) from "nf4:block=128,nested=false": how the frozen weights are to be stored.
-
-    Raises:
-        WeftError: an unknown format, an option that it does not have, a value that cannot be.
-    """
-    name, _, text = str(base).partition(":")
-    if name not in ("auto", *BASES, *writable()):
-        raise WeftError(f"base={base!r} is not one of {', '.join(('auto', *BASES, *writable()))}")
-    options: dict[str, Any] = {}
-    for word in filter(None, text.split(",")):
-        key, equals, value = word.partition("=")
-        if not equals:
-            raise WeftError(f"base={base!r}: write options as in nf4:block=128,nested=false")
-        options[key.strip()] = yaml.safe_load(value)
-    if options and name not in FORMATS:
-        raise WeftError(f"base={base!r}: {name} has no options")
-    if name in FORMATS:
-        format_of(name).checked(**options)
-    return name, options
 
 
 def load_base(

@@ -23,13 +23,13 @@ from weft.methods.lora_init import ELSEWHERE
 from weft.models import load_tokenizer
 from weft.step import Fast, prepare
 from weft.train import start
-from weft.train.fit import Result, RunData, adapted, describe_plan, facts, figures, finish, on_card_of, with_threads
 from weft.train.guard import Diverged, Interrupted, Signals
 from weft.train.loop import update
 from weft.train.output import Output
 from weft.train.progress import Show
 from weft.train.recipe import Recipe, checked
 from weft.train.run import Event, Run
+from weft.train.single import Result, RunData, adapted, describe_plan, facts, figures, finish, on_card_of, with_threads
 
 
 def train_together(runs: Sequence[Run], fast: Fast, lost: dict[str, Diverged]) -> None:
