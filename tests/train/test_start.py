@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,11 @@ from torch import Tensor
 
 import weft
 from weft.cli.main import main
-from weft.core import WeftError
+from weft.core import METHODS, WeftError
 from weft.train import load_recipe, run_recipe, run_recipes
+from weft.train.output import Output
 from weft.train.single import RunData
+from weft.train.start import load
 
 STILL = {"train__steps": 1, "train__lr": 1e-12, "method__dropout": 0.0, "method__rank": 6}  # a run that ends where it began
 
@@ -132,3 +135,65 @@ def test_a_base_that_is_packed_in_its_file_has_lost_nothing(tmp_path: Path) -> N
     recipe = tiny_run.recipe(tmp_path, model=str(tmp_path / "packed"), base="nf4", method__init="loftq")
     with pytest.raises(WeftError, match="packed is packed in its file: give the 16-bit one"):
         run_recipe(recipe)
+
+
+def damaged(where: Path) -> Path:
+    """A model's folder whose weights cannot be read: whoever tells something else has not tried."""
+    base = folder(where)
+    (base / "model.safetensors").write_bytes(b"no weights")
+    return base
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({"method__targets": ["q_prj", "v_proj"]}, "targets='q_prj' matches no module; did you mean 'q_proj'?"),
+        ({"method__targets": "norm"}, "matches only LlamaRMSNorm (model.norm), which LoRA cannot adapt"),
+        ({"method__modules_to_save": ["scores"]}, "modules_to_save='scores' matches no module"),
+        ({"method__layers_to_transform": [1, 7]}, "layers_to_transform=7: none of the targets lies in a layer of that number"),
+        ({"method__target_parameters": ["experts.gate"], "method__dropout": 0.0}, "target_parameters='experts.gate' matches no parameter"),
+        ({"method__targets": "q_prj", "method__init": "eva"}, "did you mean 'q_proj'?"),
+        ({"method__targets": "q_prj", "method__init": "loftq"}, "did you mean 'q_proj'?"),
+        ({"method": "BitFit"}, "this model has nothing that BitFit can adapt"),
+        ({"name": "a.b"}, "'a.b' cannot name an adapter"),
+        ({}, "header"),  # nothing wrong but the weights
+    ],
+)
+@pytest.mark.parametrize("base", ["fp32", "nf4"])
+def test_what_cannot_be_adapted_is_told_before_weights_are_read(more: dict[str, Any], said: str, base: str, tmp_path: Path) -> None:
+    if more.get("method__init") == "loftq" and base != "nf4":
+        return
+    recipe = tiny_run.recipe(tmp_path, model=str(damaged(tmp_path)), base=base, **more)
+    with pytest.raises(WeftError) as caught:
+        run_recipe(recipe)
+    assert said in str(caught.value)
+    assert not (tmp_path / "out").exists() or not list((tmp_path / "out").glob("*.safetensors"))
+
+
+def test_of_several_runs_all_that_cannot_be_adapted_is_told_at_once(tmp_path: Path) -> None:
+    one = tiny_run.recipe(tmp_path, model=str(damaged(tmp_path)))
+    runs = [
+        replace(one, name=name, output=str(tmp_path / name), method=replace(one.method, targets=targets))
+        for name, targets in (("a", "q_prj"), ("b", "q_proj"), ("c", "v_prj"))
+    ]
+    with pytest.raises(WeftError) as caught:
+        run_recipes(runs)
+    assert re.findall(r"^run (\w): targets='(\w+)' matches no module", str(caught.value), re.M) == [("a", "q_prj"), ("c", "v_prj")]
+
+
+NEEDED = {"ALoRA": {"invocation_tokens": (5, 6)}, "TrainableTokens": {"tokens": (3, 5)}}
+
+
+@pytest.mark.parametrize("base", ["fp32", "nf4"])
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_weights_are_not_needed_to_tell_what_can_be_adapted(name: str, base: str, tmp_path: Path) -> None:
+    recipe = tiny_run.recipe(tmp_path, model=str(folder(tmp_path)), base=base)
+    recipe = replace(recipe, method=METHODS[name](**NEEDED.get(name, {})))
+    told: list[str | None] = []
+    for attempt in (lambda: load([recipe], [Output(recipe)]), lambda: weft.adapt(weft.load_base(recipe.model, base, "cpu"), recipe.method)):
+        try:
+            attempt()
+            told.append(None)
+        except WeftError as e:
+            told.append(str(e))
+    assert told[0] == told[1] and (told[0] is None or name == "BitFit")

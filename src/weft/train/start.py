@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import weft.adapters
+from weft.adapters.attach import build, check_new
 from weft.adapters.eva import eva
 from weft.adapters.loftq import Lost
 from weft.core import Method, WeftError
@@ -33,10 +34,11 @@ def load(recipes: Sequence[Recipe], outputs: Sequence[Output]) -> Any:
     if compiled:
         warm(torch.device("cuda" if first.train.device == "auto" else first.train.device))
     begin = [r for r, output in zip(recipes, outputs, strict=True) if _start(r.method) == "loftq" and output.latest() is None]
-    frame = skeleton(first.model) if begin else None
-    if getattr(getattr(frame, "config", None), "quantization_config", None) is not None:
+    frame = skeleton(first.model)
+    _check(frame, recipes)
+    if begin and getattr(frame.config, "quantization_config", None) is not None:
         raise WeftError(f"method.init: loftq begins with what packing loses, and {first.model} is packed in its file: give the 16-bit one")
-    lost = {r.name: Lost(frame, r.method) for r in begin if frame is not None and isinstance(r.method, LoRA)}
+    lost = {r.name: Lost(frame, r.method) for r in begin if isinstance(r.method, LoRA)}
 
     def packed(*told: Any) -> None:
         for one in lost.values():
@@ -47,6 +49,25 @@ def load(recipes: Sequence[Recipe], outputs: Sequence[Output]) -> Any:
     for name, one in lost.items():
         one.attach(model, name)
     return model
+
+
+def _check(frame: nn.Module, recipes: Sequence[Recipe]) -> None:
+    """Makes the shapes of each recipe's adapter for a model without weights: to load a large base first would take minutes.
+
+    Raises:
+        WeftError: with all that `weft.adapt` will not do.
+    """
+    wrong = []
+    for recipe in recipes:
+        method = recipe.method if _start(recipe.method) is None else replace(recipe.method, init="kaiming")
+        try:
+            check_new(frame, recipe.name)
+            with torch.device("meta"):
+                build(frame, method)
+        except WeftError as e:
+            wrong.append(f"run {recipe.name}: {e}" if len(recipes) > 1 else str(e))
+    if wrong:
+        raise WeftError("\n".join(wrong))
 
 
 def attach(model: nn.Module, recipe: Recipe, batches: Batches, output: Output) -> None:
