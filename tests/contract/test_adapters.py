@@ -7,6 +7,7 @@ import resource
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from tests.conftest import ConvNet, Plain, gpt2, jolt, llama
 from tests.parity.families import FAMILIES
 from weft.adapters import attached, names, trainable
 from weft.adapters.bypassed import never_called
+from weft.adapters.formats import FORMATS
 
 
 def _paths(model: nn.Module) -> list[str]:
@@ -120,6 +122,9 @@ def test_torch_s_own_encoder_does_not_bypass_the_adapter() -> None:
         (lambda: weft.LoRA(targets=None), "targets=None: write 'all-linear'"),
         (lambda: weft.load_base("embedded", device="gpu"), "device='gpu': write cpu, cuda or cuda:1"),
         (lambda: weft.load_base("embedded", device="cuda:99"), "device='cuda:99': torch finds"),
+        (lambda: weft.LoRA(r=8, use_dora=True), r"LoRA has no 'r'; did you mean 'rank'\?\nLoRA has no 'use_dora'; .*, weft.DoRA"),
+        (lambda: weft.DoRA(rnk=8), "DoRA has no 'rnk'; did you mean 'rank'"),
+        (lambda: weft.Full(colour=8), "Full has no 'colour'; it has targets, exclude, "),
         (lambda: weft.LoRA(bias="lora"), "bias='lora': there are none, lora_only"),
         (lambda: weft.adapt(llama(), weft.LoRA), "as in weft.adapt.model, weft.LoRA.rank=8..; it was given a .*Llama.* and the class LoRA"),
         (lambda: weft.adapt(llama(), "LoRA"), "it was given a .*Llama.* and 'LoRA'"),
@@ -144,6 +149,16 @@ def test_torch_s_own_encoder_does_not_bypass_the_adapter() -> None:
 def test_what_is_refused(wrong: Callable[[], Any], words: str) -> None:
     with pytest.raises(weft.WeftError, match=words):
         wrong()
+
+
+@pytest.mark.parametrize("method", FORMATS)
+def test_what_peft_calls_a_hyper_parameter_is_answered_with_its_name_here(method: type[weft.Method]) -> None:
+    """As the formats of files read peft's configurations; OFT's r, which counts blocks, is the one that means something else."""
+    known = {f.name for f in fields(method)}
+    for name, what in FORMATS[method].fields.items():
+        if what.weft in known and name not in known and (method, name) != (weft.OFT, "r"):
+            with pytest.raises(weft.WeftError, match=f"{method.__name__} has no {name!r}; did you mean {what.weft!r}"):
+                method(**{name: 1})
 
 
 def test_a_tied_head_unties_on_request_and_only_then() -> None:

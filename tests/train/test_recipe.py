@@ -75,6 +75,12 @@ def test_flags_go_on_top():
     assert load_recipe(given, {"method": "Full"}).method == Full()
 
 
+def test_what_peft_has_as_a_setting_and_weft_as_a_method():
+    wrong = problems(DATA | {"method": {"use_dora": True, "lora_dropout": 0.1}})
+    assert wrong == ["method.use_dora: unknown; that is a method of its own, method.name: DoRA",
+                     "method.lora_dropout: unknown; did you mean method.dropout?"]  # fmt: skip
+
+
 def test_unknown_keys_all_at_once_with_the_nearest():
     wrong = problems({"data": {"train": "a", "evla": "b"}, "train": {"learning_rate": 1, "epoch": 2, "rank": 1}, "metod": "LoRA",
                       "method": {"r": 3, "alhpa": 1}, "lr": 1})  # fmt: skip

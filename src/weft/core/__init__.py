@@ -3,7 +3,7 @@
 from weft.core.adapter import Adapter, Mixture, masters
 from weft.core.errors import FAILS, WeftError
 from weft.core.layers import features, is_conv, is_conv1d, is_linear, is_sharded, logical, numbers
-from weft.core.method import METHODS, Method
+from weft.core.method import METHODS, PEFT, Method
 from weft.core.names import by_pattern, matcher, several
 from weft.core.replaced import Replaced
 from weft.core.site import (
@@ -28,6 +28,7 @@ from weft.core.site import (
 __all__ = [
     "FAILS",
     "METHODS",
+    "PEFT",
     "SLOT",
     "Adapter",
     "Around",

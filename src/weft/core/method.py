@@ -17,6 +17,15 @@ from weft.core.names import several
 from weft.core.site import Site
 
 METHODS: dict[str, type[Method]] = {}  # every concrete method by the name of its class
+PEFT = {  # what peft calls a hyper-parameter, or what is a method of its own here
+    "r": "rank", "init_r": "rank", "target_r": "target_rank", "lora_alpha": "alpha", "lora_dropout": "dropout", "vera_dropout": "dropout",
+    "target_modules": "targets", "exclude_modules": "exclude", "use_rslora": "rslora", "init_lora_weights": "init", "init_weights": "init",
+    "use_dora": "weft.DoRA", "alora_invocation_tokens": "weft.ALoRA", "deltaT": "delta_t", "orth_reg_weight": "orth_weight",
+    "oft_block_size": "block_size", "projection_prng_key": "seed", "feedforward_modules": "feedforward", "token_indices": "tokens",
+    "num_virtual_tokens": "tokens", "num_transformer_submodules": "copies", "prompt_tuning_init": "init", "prompt_tuning_init_text": "text",
+    "tokenizer_name_or_path": "tokenizer", "prefix_projection": "projection", "encoder_hidden_size": "hidden",
+    "encoder_reparameterization_type": "encoder", "encoder_num_layers": "depth", "encoder_dropout": "dropout",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +57,13 @@ class Method(ABC):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         METHODS[cls.__name__] = cls
+
+    def __new__(cls, *args: Any, **values: Any) -> Self:
+        """Raises WeftError for what is no hyper-parameter of this method, with the name that is meant."""
+        known = [f.name for f in fields(cls)]
+        if wrong := [f"{cls.__name__} has no {key!r}; {_hint(key, known)}" for key in values if key not in known]:
+            raise WeftError("\n".join(wrong))
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         kinds = {"int": "a whole number", "float": "a number"}
@@ -133,17 +149,12 @@ class Method(ABC):
         cls = METHODS.get(str(values.pop("name", "")))
         if cls is None:
             raise WeftError(f"unknown method {given.get('name')!r}; there are {', '.join(sorted(METHODS))}")
-        return cls._checked(values)
-
-    @classmethod
-    def _checked(cls, values: Mapping[str, Any]) -> Self:
-        known = [f.name for f in fields(cls)]
-        wrong = []
-        for key in values:
-            if key not in known:
-                near = get_close_matches(key, known, n=1)
-                hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(known)}"
-                wrong.append(f"{cls.__name__} has no {key!r}; {hint}")
-        if wrong:
-            raise WeftError("\n".join(wrong))
         return cls(**values)
+
+
+def _hint(key: str, known: Collection[str]) -> str:
+    named = PEFT.get(key, key)
+    if named.startswith("weft."):
+        return f"that is a method of its own, {named}"
+    near = [named] if named in known else get_close_matches(key, known, n=1)
+    return f"did you mean {near[0]!r}?" if near else f"it has {', '.join(known)}"

@@ -13,17 +13,17 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
-from weft.core import METHODS, Method, WeftError
+from weft.core import METHODS, PEFT, Method, WeftError
 from weft.data import DataConfig
 from weft.data.sources import KINDS
 from weft.train.recipe import Recipe, check
 
-ELSEWHERE = {  # what other tools call a setting
-    "learning_rate": "lr", "rate": "lr", "r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout", "target_modules": "targets",
-    "num_epochs": "epochs", "num_train_epochs": "epochs", "max_steps": "steps", "gradient_accumulation_steps": "accumulate",
-    "max_grad_norm": "clip", "grad_clip": "clip", "warmup_steps": "warmup", "warmup_ratio": "warmup", "lr_scheduler": "schedule",
-    "scheduler": "schedule", "batch_size": "tokens", "save_steps": "save_every", "eval_steps": "eval_every", "output_dir": "output",
-    "logging_steps": "log_every", "base_model": "model", "model_name_or_path": "model", "use_rslora": "rslora",
+ELSEWHERE = PEFT | {  # what other tools call a setting
+    "learning_rate": "lr", "rate": "lr", "num_epochs": "epochs", "num_train_epochs": "epochs", "max_steps": "steps",
+    "gradient_accumulation_steps": "accumulate", "max_grad_norm": "clip", "grad_clip": "clip", "warmup_steps": "warmup",
+    "warmup_ratio": "warmup", "lr_scheduler": "schedule", "scheduler": "schedule", "batch_size": "tokens", "save_steps": "save_every",
+    "eval_steps": "eval_every", "output_dir": "output", "logging_steps": "log_every", "base_model": "model",
+    "model_name_or_path": "model",
 }  # fmt: skip
 _NOTHING = object()  # what `_read` gives where there is a problem
 
@@ -274,6 +274,8 @@ def _nearest(key: str, siblings: list[str]) -> str:
     dot = f"{dot}." if dot else ""
     everywhere = [k for k, _, _ in settings()] + [f"method.{k}" for cls in METHODS.values() for k in (f.name for f in fields(cls))]
     named = ELSEWHERE.get(last, last)
+    if named.startswith("weft."):
+        return f"; that is a method of its own, method.name: {named.removeprefix('weft.')}"
     if (hit := dot + named) in siblings:
         return f"; did you mean {hit}?"
     if elsewhere := [k for k in everywhere if k.rpartition(".")[2] == named]:
