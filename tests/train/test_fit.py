@@ -142,6 +142,20 @@ def test_accumulated_run_follows_the_big_batch(tmp_path):
     assert losses[0] == pytest.approx(losses[1], rel=1e-4) and losses[0][0] > losses[0][-1]
 
 
+def test_a_document_is_cut_where_the_model_has_no_more_places(tmp_path):
+    """And a given length is the user's own business."""
+    book = tmp_path / "book.txt"
+    book.write_text("".join(map(chr, range(97, 123))) * 90)
+    given = {"data__train": str(book), "data__eval": str(book), "train__tokens": 4096, "train__steps": 1}
+    for more, longest in (({}, 256), ({"data__max_length": 300}, 300), ({"data__max_length": 100}, 100)):
+        data = RunData(tiny_run.model(), tiny_run.recipe(tmp_path, **given, **more), tiny_run.tokenizer())
+        lengths = [len(e) for e in data.batches.examples]
+        assert max(lengths) == longest and sum(lengths) == 2341 and ("256" in str(data.warning)) == (longest == 300)
+    wide = tiny_run.model()
+    wide.config.max_position_embeddings = 10**6
+    assert max(len(e) for e in RunData(wide, tiny_run.recipe(tmp_path, **given), tiny_run.tokenizer()).batches.examples) == 2048
+
+
 def test_early_stop_takes_the_best(tmp_path):
     """At an absurd learning rate the loss soon rises: the run stops, and the adapter is that of the best evaluation."""
     wild = {"train__lr": 0.3, "train__schedule": "constant", "train__spike": 0}

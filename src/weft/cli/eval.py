@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
     with step("loading libraries", tell=False):
         import weft.adapters
         from weft.data import Batches, load_rows, prepare
-        from weft.models import attention
+        from weft.models import attention, room
         from weft.train import exact_match, mean_loss
         from weft.train.evaluate import check_lengths
         from weft.train.single import spread
@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
         rows = spread(load_rows(config.train, config.format), args.rows)
     model, tokenizer = load(base, adapters, args.base, args.device)
     names: list[str | None] = [*([] if args.no_base else [None]), *(g.name for g in adapters)]
-    prepared = prepare(rows, tokenizer, config)
+    prepared = prepare(rows, tokenizer, config, places=room(model))
     if warning := check_lengths(model, prepared.examples, rows, args.tokens, "--max-length", "--tokens"):
         warnings.warn(warning, stacklevel=1)
     batches = Batches(prepared.examples, args.tokens, bool(config.packing) and attention.use(model), 0).epoch(0)

@@ -22,7 +22,7 @@ from weft.data.formats import Row
 from weft.data.problems import Problems, shorten
 
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
-DOCUMENT = 2048  # tokens of a piece of a plain-text document when no max_length is given
+DOCUMENT = 2048  # tokens of a piece of a plain-text document at most when no max_length is given
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,8 +29,10 @@ class Prepared:
     report: Report
 
 
-def prepare(rows: Sequence[Row], tokenizer: Any, config: DataConfig, progress: bool = True) -> Prepared:
+def prepare(rows: Sequence[Row], tokenizer: Any, config: DataConfig, progress: bool = True, places: int = DOCUMENT) -> Prepared:
     """Tokenise rows, mark what bears loss, cut to `config.max_length`.
+
+    places: Tokens that the model has places for: where no `max_length` is given, pieces of a document are no longer than that.
 
     Raises WeftError if the chat template refuses rows, if answers cannot be told from prompts, or if nothing is left to learn.
     """
@@ -47,7 +49,7 @@ def prepare(rows: Sequence[Row], tokenizer: Any, config: DataConfig, progress: b
                 continue
             ids, bears = made
             if rows[index].split:
-                size = limit or DOCUMENT
+                size = limit or min(DOCUMENT, places)
                 pieces = [cut(ids[i : i + size], bears[i : i + size], size, index) for i in range(0, len(ids), size)]
                 examples.extend(piece for piece in pieces if piece is not None)
                 continue

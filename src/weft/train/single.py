@@ -17,7 +17,7 @@ from torch import nn
 import weft.adapters
 from weft.core import WeftError, base_class
 from weft.data import Batch, Batches, Row, load_rows, prepare, split_rows
-from weft.models import attention, load_tokenizer
+from weft.models import attention, load_tokenizer, room
 from weft.train import start
 from weft.train.evaluate import Match, check_lengths, exact_match
 from weft.train.guard import Diverged, Signals
@@ -130,7 +130,7 @@ class RunData:
             rows, held = split_rows(rows, config.eval_split, recipe.seed)
         packing = attention.use(model) and bool(config.packing)  # rows without padding need no mask either way
         shown = recipe.train.progress != "off"
-        prepared = prepare(rows, tokenizer, config, shown)
+        prepared = prepare(rows, tokenizer, config, shown, room(model))
         self.report = prepared.report
         examples = prepared.examples
         self.warning = check_lengths(model, examples, rows, recipe.train.tokens)
@@ -139,7 +139,7 @@ class RunData:
         self.evaluations: dict[str, Sequence[Batch]] = {}
         held_examples: list[Any] = []
         if held:
-            held_examples = spread(prepare(held, tokenizer, config, shown).examples, limits.rows)
+            held_examples = spread(prepare(held, tokenizer, config, shown, room(model)).examples, limits.rows)
             self.warning = self.warning or check_lengths(model, held_examples, held, recipe.train.tokens)
             self.evaluations["eval_loss"] = Batches(held_examples, recipe.train.tokens, packing, 0).epoch(0)
         if seen := spread(examples, limits.train_rows):
