@@ -218,3 +218,6 @@ def test_a_config_says_what_is_wrong_with_it():
         config(eval_split=5)
     with pytest.raises(WeftError, match="max_length is 1"):
         config(max_length=1)
+    with pytest.raises(WeftError, match=r"eval_split=0.1 would hold out others: set one of the two\ndata.max_length is 1"):
+        config(eval="held.jsonl", eval_split=0.1, max_length=1)
+    assert config(eval="held.jsonl", eval_split=0).eval_split == 0

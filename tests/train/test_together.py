@@ -258,7 +258,22 @@ def test_a_recipe_with_runs():
         ([], "runs: expected a list"),
         ([{"rank": 3}], "number 1 of 1 has no name"),
         ([{"name": "a"}] * 2, "two runs are named a"),
-        ([{"name": "a", "method.rnk": 3}], r"run a cannot be used:\n  method.rnk: unknown; did you mean"),
+        ([{"name": "a", "method.rnk": 3}, {"name": "b"}], r"cannot be used:\n  run a: method.rnk: unknown; did you mean"),
     ):
         with pytest.raises(weft.WeftError, match=message):
             load_recipes(tree | {"runs": runs})
+
+
+def test_all_that_is_wrong_with_runs_is_told_at_once():
+    """What is wrong with all of them, once."""
+    runs = [{"name": "a", "method": {"rank": 0}}, {"seed": 1}, {"name": "b", "train.lr": -1}, {"name": "b", "data.eval": "y"}, 3]
+    tree = {"data": {"train": "x", "eval_split": 0.1}, "train": {"step": 3}, "runs": runs}
+    with pytest.raises(weft.WeftError) as caught:
+        load_recipes(tree, ["--train.keep", "0", "oops"])
+    lines = [line.strip() for line in str(caught.value).splitlines()]
+    wanted = [
+        "the recipe cannot be used:", "runs: number 2, 5 of 5 has no name", "runs: two runs are named b", "oops: expected a flag",
+        "train.step: unknown; did you mean train.steps?", "train.keep: 0 must be at least 1", "run a: method", "run b: train.lr: -1.0",
+        "run b: data.eval names held-out rows, and data.eval_split=0.1 would hold out others",
+    ]  # fmt: skip
+    assert len(lines) == len(wanted) and all(line.startswith(start) for line, start in zip(lines, wanted, strict=True)), lines

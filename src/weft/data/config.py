@@ -17,7 +17,7 @@ class DataConfig:
     Args:
         train: a path, a glob, "hf:org/name[split]", or a list of them: JSONL, JSON, parquet, CSV or plain text.
         eval: the same, for held-out rows.
-        eval_split: share of the training rows (0 to below 1) to hold out when `eval` is not given.
+        eval_split: share of the training rows (0 to below 1) to hold out instead of `eval`.
         format: how rows are written; "auto" finds out.
         loss_on: "answer" learns every answer of a row, "last" only its last one, "all" every token. Rows of `text` are learned whole.
         template: "chat" writes rows with the tokenizer's chat template, "plain" as they are, "auto" with the template if there is one.
@@ -35,7 +35,12 @@ class DataConfig:
     packing: bool = True
 
     def __post_init__(self) -> None:
+        wrong = []
         if not 0.0 <= self.eval_split < 1.0:
-            raise WeftError(f"data.eval_split is a share of the rows, from 0 to below 1, not {self.eval_split}; 0.05 holds out 5%")
+            wrong.append(f"data.eval_split is a share of the rows, from 0 to below 1, not {self.eval_split}; 0.05 holds out 5%")
+        elif self.eval and self.eval_split:
+            wrong.append(f"data.eval names held-out rows, and data.eval_split={self.eval_split} would hold out others: set one of the two")
         if self.max_length is not None and self.max_length < 2:
-            raise WeftError(f"data.max_length is {self.max_length}; a row needs at least 2 tokens (one to read, one to predict)")
+            wrong.append(f"data.max_length is {self.max_length}; a row needs at least 2 tokens (one to read, one to predict)")
+        if wrong:
+            raise WeftError("\n".join(wrong))

@@ -53,13 +53,17 @@ def load_recipe(source: str | Path | Mapping[str, Any] | None = None, overrides:
     Raises:
         WeftError: one error that lists every unknown key with the nearest right one, every wrong type, and every value out of range.
     """
-    return _recipe(*_source(source), overrides)
+    where, tree = _source(source)
+    recipe, problems = _recipe(tree, overrides)
+    _refuse(where, problems)
+    return recipe
 
 
 def load_recipes(source: str | Path | Mapping[str, Any] | None = None, overrides: Mapping[str, Any] | Sequence[str] = ()) -> list[Recipe]:
     """The recipes of a file whose `runs:` lists what differs from one run to the next; one recipe for a file without it.
 
     Each run needs a name of its own. Its output is `<output>/<name>` unless it says otherwise. Overrides go over every run.
+    Raises WeftError as `load_recipe`, of all runs at once.
 
         data: {train: rows.jsonl}
         output: sweep
@@ -70,21 +74,31 @@ def load_recipes(source: str | Path | Mapping[str, Any] | None = None, overrides
     where, tree = _source(source)
     runs = tree.pop("runs", None)
     if runs is None:
-        return [_recipe(where, tree, overrides)]
+        recipe, wrong = _recipe(tree, overrides)
+        _refuse(where, wrong)
+        return [recipe]
     example = "each needs a name of its own, as in `- {name: r8, method: {rank: 8}}`"
     if not isinstance(runs, list) or not runs:
         raise WeftError(f"{where}: runs: expected a list of settings, and got {runs!r}; {example}")
+    wrong = []
     if odd := [str(i) for i, r in enumerate(runs, 1) if not isinstance(r, Mapping) or not isinstance(r.get("name"), str)]:
-        raise WeftError(f"{where}: runs: number {', '.join(odd)} of {len(runs)} has no name; {example}")
-    names = [r["name"] for r in runs]
+        wrong.append(f"runs: number {', '.join(odd)} of {len(runs)} has no name; {example}")
+    named = [r for r in runs if isinstance(r, Mapping) and isinstance(r.get("name"), str)]
+    names = [r["name"] for r in named]
     if twice := sorted({n for n in names if names.count(n) > 1}):
-        raise WeftError(f"{where}: runs: two runs are named {', '.join(twice)}; {example}")
-    over = dict(overrides if isinstance(overrides, Mapping) else _flags(overrides, flaws := []))
-    if not isinstance(overrides, Mapping) and flaws:
-        raise WeftError(f"{where} cannot be used:\n  " + "\n  ".join(flaws))
+        wrong.append(f"runs: two runs are named {', '.join(twice)}; {example}")
+    over = dict(overrides if isinstance(overrides, Mapping) else _flags(overrides, wrong))
     root = over.pop("output", tree.get("output", "adapter"))
-    own = [{"output": f"{root}/{run['name']}"} | dict(_dotted(run)) | over for run in runs]
-    return [_recipe(f"{where}, run {name}", deepcopy(tree), settings) for name, settings in zip(names, own, strict=True)]
+    made = [_recipe(deepcopy(tree), {"output": f"{root}/{run['name']}"} | dict(_dotted(run)) | over) for run in named]
+    of_all = [p for p in made[0][1] if all(p in problems for _, problems in made)] if made else []
+    wrong += of_all + [f"run {name}: {p}" for name, (_, problems) in zip(names, made, strict=True) for p in problems if p not in of_all]
+    _refuse(where, wrong)
+    return [recipe for recipe, _ in made]
+
+
+def _refuse(where: str, problems: Sequence[str]) -> None:
+    if problems:
+        raise WeftError(f"{where} cannot be used:\n  " + "\n  ".join(problems))
 
 
 def _dotted(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -96,15 +110,14 @@ def _dotted(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield f"{prefix}{key}", value
 
 
-def _recipe(where: str, tree: dict[str, Any], overrides: Mapping[str, Any] | Sequence[str]) -> Recipe:
+def _recipe(tree: dict[str, Any], overrides: Mapping[str, Any] | Sequence[str]) -> tuple[Recipe, list[str]]:
+    """The recipe, and what is wrong with it: if anything is, it is not to be used."""
     problems: list[str] = []
     for key, value in overrides.items() if isinstance(overrides, Mapping) else _flags(overrides, problems):
         _put(tree, key.split("."), value, problems)
     recipe = _read(Recipe, tree, "", problems)
     problems += check(recipe)  # of what cannot be read it sees the defaults, in which nothing is wrong
-    if problems:
-        raise WeftError(f"{where} cannot be used:\n  " + "\n  ".join(problems))
-    return recipe
+    return recipe, problems
 
 
 def to_dict(recipe: Recipe) -> dict[str, Any]:
@@ -243,7 +256,7 @@ def _read(cls: Any, given: Any, at: str, problems: list[str]) -> Any:
     try:
         return cls(**values)
     except WeftError as e:  # its own checks of the values
-        problems.append(str(e) if at and str(e).startswith(at) else f"{at}: {e}")
+        problems += [line if at and line.startswith(at) else f"{at}: {line.strip()}" for line in str(e).splitlines()]
         return _NOTHING
 
 
