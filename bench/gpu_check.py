@@ -341,7 +341,7 @@ def training() -> None:
 def tests() -> None:
     """The tests that have a GPU part."""
     root = Path(__file__).parent.parent
-    places = ["tests/step/test_attention.py", "tests/step/test_loss.py", "tests/train/test_flat.py", "tests/train/test_cuda.py"]
+    places = [f"tests/{at}.py" for at in ("step/test_attention", "step/test_loss", "step/test_order", "train/test_flat", "train/test_cuda")]
     quiet = "ignore:`torch.jit:DeprecationWarning"  # what torch's own modules say of each other on a newer Python
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", quiet, *places]
     environment = os.environ | {"PYTHONPATH": f"{root / 'src'}:{root}"}
