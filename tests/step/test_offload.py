@@ -15,7 +15,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 import weft
 from tests.step.test_loss import rows
 from tests.step.test_twin import build as model_of
-from weft.core import WeftError
+from weft.core import WeftError, amount
 from weft.data import pad
 from weft.step import capture, levels, offload, prepare
 from weft.step import fast as steps
@@ -467,13 +467,13 @@ def test_the_level_that_fits(memory: float | None, free: float, card: str, level
     ("auto", None), (0.3, 0.3), (1, 1.0), ("0.75", 0.75), (3e9, 3e9), ("40GB", 40e9), ("37.5 gib", 37.5 * 2**30), (" 512 MB", 512e6),
 ])  # fmt: skip
 def test_amounts(said: Any, meant: float | None) -> None:
-    assert levels.amount(said) == meant
+    assert amount(said) == meant
 
 
 @pytest.mark.parametrize("said", ["much", -1, "-1", "40 G", "GB", float("nan"), float("inf"), ""])
 def test_no_amounts(said: Any) -> None:
     with pytest.raises(WeftError, match=r"train\.memory: .* is not .auto., a share"):
-        levels.amount(said)
+        amount(said)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", r"ignore:The \.grad attribute")

@@ -1,6 +1,7 @@
 """The contract: a frozen layer with a slot (Site), what goes into the slot (Adapter), who builds it (Method). Imports torch only."""
 
 from weft.core.adapter import Adapter, Mixture, masters
+from weft.core.amounts import amount
 from weft.core.errors import FAILS, WeftError
 from weft.core.layers import features, is_conv, is_conv1d, is_linear, is_sharded, logical, numbers
 from weft.core.method import METHODS, PEFT, Method
@@ -40,6 +41,7 @@ __all__ = [
     "Slot",
     "WeftError",
     "activate",
+    "amount",
     "base_class",
     "behind",
     "by_pattern",

@@ -28,7 +28,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from weft.core import WeftError
+from weft.core import WeftError, amount
 from weft.kernels.launch import usable
 from weft.kernels.scratch import release
 from weft.quant import QuantLinear
@@ -38,7 +38,7 @@ from weft.step.check import active_dropout, as_stored, bounds, differences, meas
 from weft.step.fp8 import BOUND, narrowable, watched
 from weft.step.graph import Chain, brief
 from weft.step.inside import Inside
-from weft.step.levels import LEVELS, RECOMPUTE, Memory, amount, fitting, kept, lent, told
+from weft.step.levels import LEVELS, RECOMPUTE, Memory, fitting, kept, lent, told
 from weft.step.loss import Batch, fusible, loss_sum, loss_sums, unmaskable
 from weft.step.offload import HostFull
 from weft.step.placed import STEP, close_earlier, ended, put, take

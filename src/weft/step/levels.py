@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import logging
-import re
 from functools import cache
 from math import prod
 
 import torch
 from torch import nn
 
-from weft.core import WeftError, features, is_linear, modules
+from weft.core import features, is_linear, modules
 from weft.step.loss import Batch
 
 logger = logging.getLogger("weft")
 Memory = float | int | str  # "auto", a share (0 to 1), or bytes, also as "40GB"
-UNITS = {"": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 LEVELS = (1.0, 0.9, 0.75, 0.5, 0.3, 0.1, 0.0)  # share of the activations kept on the card; below RECOMPUTE: little but each layer's input
 LENDS = 0.5  # from here on what is not kept on the card waits in the host's memory, and nothing more is made again
 RECOMPUTE = 0.2
@@ -25,21 +23,6 @@ THIN = 0.01  # what a layer keeps that is made again: its input, and the thin pr
 AWAY = 0.2  # level 0 keeps this share in the host's memory: what PCIe 5 moves while a layer of an 8-billion Llama works
 AGAIN = 0.8  # of a forward pass's time is what making again costs where half is kept (an 8-billion Llama: 27% of a step)
 SPARE = 0.9  # of what is free may be planned for: the allocator cuts memory into pieces, and kernels want workspaces
-
-
-def amount(memory: Memory) -> float | None:
-    """A share from 0 to 1 or, above 1, bytes; None for "auto".
-
-    Raises:
-        WeftError: it is none of these.
-    """
-    if memory == "auto":
-        return None
-    told = re.fullmatch(r"\s*(\d+\.?\d*)\s*([KMGT]I?B)?\s*", str(memory).upper()) if isinstance(memory, str) else None
-    value = float(told[1]) * UNITS[told[2] or ""] if told else memory
-    if isinstance(value, str) or not 0 <= value < float("inf"):
-        raise WeftError(f'train.memory: {memory!r} is not "auto", a share from 0 to 1, nor a number of bytes such as "40GB"')
-    return float(value)
 
 
 def lent(level: float) -> float:
@@ -64,7 +47,7 @@ def told(level: float, lending: int) -> str:
 
 
 def fitting(batch: Batch, memory: float | None, layers: list[nn.Module], compiled: bool) -> float:
-    """The share of activations to keep, of what `amount` says. On a CPU "auto" keeps all."""
+    """The share of activations to keep, of what `weft.core.amount` says. On a CPU "auto" keeps all."""
     device = batch.input_ids.device
     if memory is not None and memory <= 1:
         return memory

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from importlib import import_module
 from typing import Literal
 
 import torch
 
-from weft.core import Method, WeftError
+from weft.core import Method, WeftError, amount
 from weft.data import DataConfig
 from weft.methods import LoRA
 from weft.quant import FORMATS, parse_base
@@ -72,7 +71,8 @@ class TrainConfig:
     """Successive steps that make a spike."""
     memory: float | str = "auto"
     """What the activations may take: "auto" spends what the card has free; a share of them from 0 (least memory, each layer computed
-    again in the backward pass) to 1 (most speed); or what the process may take on the card: bytes, or "40GB"."""
+    again in the backward pass) by 0.5 (from there on some layers' wait in the host's memory) to 1 (most speed); or what the process may
+    take on the card: bytes, or "40GB"."""
     compile: bool | None = None
     """Compile the repeated layers. Null: on CUDA, where it takes some ten seconds once."""
     graphs: bool | None = None
@@ -176,11 +176,10 @@ def check(recipe: Recipe) -> list[str]:
     need(t.patience is None or t.patience > 0, f"train.patience: {t.patience} must be at least 1 (null: no early stop)")
     need(t.spike == 0 or t.spike > 1, f"train.spike: {t.spike} must be above 1 (0: no spike guard)")
     need(t.spike_steps > 0, f"train.spike_steps: {t.spike_steps} must be at least 1")
-    if t.memory != "auto":
-        try:
-            import_module("weft.step.levels").amount(t.memory)  # all of the step, which transformers is among, for the few who say so
-        except WeftError as error:
-            problems.append(str(error))
+    try:
+        amount(t.memory)
+    except WeftError as error:
+        problems.append(str(error))
     need(t.log_every > 0, f"train.log_every: {t.log_every} must be at least 1")
     named = re.fullmatch(r"auto|cpu|cuda(:\d+)?|mps", t.device)
     need(bool(named), f'train.device: {t.device!r} is not "auto", "cpu", "cuda" or "cuda:1"')
