@@ -170,6 +170,22 @@ def test_what_cannot_be_adapted_is_told_before_weights_are_read(more: dict[str, 
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").glob("*.safetensors"))
 
 
+@pytest.mark.parametrize(("rows", "said"), [
+    (None, "data file not found"), ('{"text": "a"}\n{"text": 3}\n', "'text' must be a text"), ('{"text": "a"}\n', "needs held-out rows"),
+])  # fmt: skip
+@pytest.mark.parametrize("several", [False, True])
+def test_rows_that_cannot_be_used_are_told_before_weights_are_read(rows: str | None, said: str, several: bool, tmp_path: Path) -> None:
+    if rows is not None:
+        (tmp_path / "these.jsonl").write_text(rows)
+    data = {"data__train": str(tmp_path / "these.jsonl"), "data__eval": None, "eval__exact_match": True}
+    recipe = tiny_run.recipe(tmp_path, model=str(damaged(tmp_path)), **data)
+    with pytest.raises(WeftError, match=said):
+        if several:
+            run_recipes([replace(recipe, name=name, output=str(tmp_path / name)) for name in ("a", "b")])
+        else:
+            run_recipe(recipe)
+
+
 def test_of_several_runs_all_that_cannot_be_adapted_is_told_at_once(tmp_path: Path) -> None:
     one = tiny_run.recipe(tmp_path, model=str(damaged(tmp_path)))
     runs = [

@@ -51,9 +51,10 @@ class Result:
 def run_recipe(recipe: Recipe, *, resume: str = "auto", overwrite: bool = False, on_event: Callable[[Event], None] | None = None) -> Result:
     """Load the recipe's base and tokenizer and `fit`: what `weft train` does."""
     checked(recipe)
-    output = Output(recipe, resume, overwrite)  # a folder that cannot be used is told before a large base is loaded
+    output = Output(recipe, resume, overwrite)  # a folder or rows that cannot be used are told before a large base is loaded
+    rows = read(recipe)
     model = start.load([recipe], [output])
-    return fit(model, recipe, tokenizer=load_tokenizer(recipe.model), resume=resume, overwrite=overwrite, on_event=on_event)
+    return _fit(model, recipe, rows, load_tokenizer(recipe.model), resume, overwrite, on_event)
 
 
 def fit(
@@ -79,7 +80,13 @@ def fit(
         Diverged: (a WeftError) the loss or gradient is not finite, or stayed up after a spike; the last good checkpoint is named.
         Interrupted: SIGINT or SIGTERM came; a checkpoint was written and is named.
     """
-    checked(recipe)
+    return _fit(model, checked(recipe), None, tokenizer, resume, overwrite, on_event)
+
+
+def _fit(
+    model: nn.Module, recipe: Recipe, rows: Rows | None, tokenizer: Any, resume: str, overwrite: bool,
+    on_event: Callable[[Event], None] | None,
+) -> Result:  # fmt: skip
     show = Show(recipe.train.progress)
 
     def tell(event: Event) -> None:
@@ -92,7 +99,7 @@ def fit(
     if recipe.train.device not in ("auto", str(next(model.parameters()).device)):
         model.to(recipe.train.device)
     with with_threads(recipe.train.threads), on_card_of(model), Signals() as signals:
-        data = RunData(model, recipe, tokenizer)
+        data = RunData(model, recipe, tokenizer, rows)
         show.text(data.report)
         if data.warning:
             tell({"event": "note", "text": data.warning, "warning": True})
@@ -117,17 +124,29 @@ def fit(
     return result
 
 
+Rows = tuple[list[Row], list[Row]]  # to train on, and held out
+
+
+def read(recipe: Recipe) -> Rows:
+    """A recipe's rows. WeftError: they cannot be used, or what it asks for needs held-out ones and there are none."""
+    config = recipe.data
+    rows, held = load_rows(config.train, config.format), list[Row]()
+    if config.eval:
+        held = load_rows(config.eval, config.format)
+    elif config.eval_split:
+        rows, held = split_rows(rows, config.eval_split, recipe.seed)
+    for setting, wanted in (("eval.exact_match", recipe.eval.exact_match), ("train.patience", recipe.train.patience is not None)):
+        if wanted and not held:
+            raise WeftError(f"{setting} needs held-out rows: give data.eval (a file) or data.eval_split (a share of the training rows)")
+    return rows, held
+
+
 class RunData:
     """The recipe's rows as batches: for training, for the evaluation losses, and as rows for the exact match."""
 
-    def __init__(self, model: nn.Module, recipe: Recipe, tokenizer: Any) -> None:
+    def __init__(self, model: nn.Module, recipe: Recipe, tokenizer: Any, given: Rows | None = None) -> None:
         config, limits = recipe.data, recipe.eval
-        rows = load_rows(config.train, config.format)
-        held: list[Row] = []
-        if config.eval:
-            held = load_rows(config.eval, config.format)
-        elif config.eval_split:
-            rows, held = split_rows(rows, config.eval_split, recipe.seed)
+        rows, held = read(recipe) if given is None else given
         packing = attention.use(model) and bool(config.packing)  # rows without padding need no mask either way
         shown = recipe.train.progress != "off"
         prepared = prepare(rows, tokenizer, config, shown, room(model))
@@ -144,9 +163,6 @@ class RunData:
             self.evaluations["eval_loss"] = Batches(held_examples, recipe.train.tokens, packing, 0).epoch(0)
         if seen := spread(examples, limits.train_rows):
             self.evaluations["train_loss"] = Batches(seen, recipe.train.tokens, packing, 0).epoch(0)
-        for setting, wanted in (("eval.exact_match", limits.exact_match), ("train.patience", recipe.train.patience is not None)):
-            if wanted and not held:
-                raise WeftError(f"{setting} needs held-out rows: give data.eval (a file) or data.eval_split (a share of the training rows)")
         self.fingerprint = fingerprint(examples, held_examples)
 
 

@@ -29,7 +29,19 @@ from weft.train.output import Output
 from weft.train.progress import Show
 from weft.train.recipe import Recipe, checked
 from weft.train.run import Event, Run
-from weft.train.single import Result, RunData, adapted, describe_plan, facts, figures, finish, on_card_of, with_threads
+from weft.train.single import (
+    Result,
+    Rows,
+    RunData,
+    adapted,
+    describe_plan,
+    facts,
+    figures,
+    finish,
+    on_card_of,
+    read,
+    with_threads,
+)
 
 
 def train_together(runs: Sequence[Run], fast: Fast, lost: dict[str, Diverged]) -> None:
@@ -99,10 +111,11 @@ def run_recipes(
 ) -> list[Result]:
     """Load the recipes' one base and `fit_together`: what `weft train` does with a recipe that has `runs`."""
     _alike([checked(r) for r in recipes])
-    # A folder that cannot be used is told before a large base is loaded; whether rows are packed is known when it is there.
+    # A folder or rows that cannot be used are told before a large base is loaded; whether rows are packed is known when it is there.
     outputs = [Output(r, resume, overwrite, undecided=("data.packing",)) for r in recipes]
-    first, model = recipes[0], start.load(recipes, outputs)
-    return fit_together(model, recipes, tokenizer=load_tokenizer(first.model), resume=resume, overwrite=overwrite, on_event=on_event)
+    rows = [read(r) for r in recipes]
+    model = start.load(recipes, outputs)
+    return _fit_together(model, recipes, rows, load_tokenizer(recipes[0].model), resume, overwrite, on_event)
 
 
 def fit_together(
@@ -124,6 +137,13 @@ def fit_together(
         Interrupted: a checkpoint of every run was written.
     """
     _alike([checked(r) for r in recipes])
+    return _fit_together(model, recipes, [None] * len(recipes), tokenizer, resume, overwrite, on_event)
+
+
+def _fit_together(
+    model: nn.Module, recipes: Sequence[Recipe], rows: Sequence[Rows | None], tokenizer: Any, resume: str, overwrite: bool,
+    on_event: Callable[[Event], None] | None,
+) -> list[Result]:  # fmt: skip
     first = recipes[0]
     tokenizer = load_tokenizer(first.model) if tokenizer is None else tokenizer
     if first.train.device not in ("auto", str(next(model.parameters()).device)):
@@ -137,8 +157,8 @@ def fit_together(
         shows = [Show("off" if r.train.progress == "off" else "lines", name=r.name) for r in recipes]
         runs: list[Run] = []
         data: list[RunData] = []
-        for recipe, output, show in zip(recipes, outputs, shows, strict=True):
-            data.append(RunData(model, recipe, tokenizer))
+        for recipe, output, show, given in zip(recipes, outputs, shows, rows, strict=True):
+            data.append(RunData(model, recipe, tokenizer, given))
             if data[-1].warning:
                 _teller(recipe.name, show, on_event)({"event": "note", "text": data[-1].warning, "warning": True})
             after.enter_context(adapted(model, recipe, data[-1].batches, output))
