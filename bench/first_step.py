@@ -91,6 +91,7 @@ def listen(spans: Spans, cuda: bool) -> None:
     import weft.step.fast as fast
     import weft.step.inside as inside
     import weft.step.regions as regions
+    import weft.step.trial as trial
 
     start, end = ChromiumEventLogger.log_event_start, ChromiumEventLogger.log_event_end
 
@@ -103,15 +104,18 @@ def listen(spans: Spans, cuda: bool) -> None:
         return end(self, name, *args, **kwargs)
 
     ChromiumEventLogger.log_event_start, ChromiumEventLogger.log_event_end = began, ended  # type: ignore[method-assign]
-    ours = ("_plain", "_pass", "differences", "fusible", "unmaskable", "install", "uninstall", "narrowable", "release", "fitting")
-    for name in ours:
-        spans.around(fast, name, f"weft: {name}")
+    for module, names in (
+        (fast, ("fusible", "unmaskable", "install", "uninstall", "narrowable", "fitting")),
+        (trial, ("plain_pass", "fast_pass", "differences", "install", "uninstall", "release")),
+    ):
+        for name in names:
+            spans.around(module, name, f"weft: {name}")
     spans.around(inside.gated, "gated_mlps", "weft: gated_mlps")
     spans.around(inside, "stacks", "weft: stacks")
-    spans.around(fast.early, "launch", "weft: early.launch")
+    spans.around(trial.early, "launch", "weft: early.launch")
     spans.around(inside.stacked, "install", "weft: stacked.install")
     spans.around(inside.stacked, "working", "weft: stacked.working")
-    stirred = fast.stirred
+    stirred = trial.stirred
 
     @contextmanager
     def stirring(*args: Any) -> Iterator[None]:
@@ -120,7 +124,7 @@ def listen(spans: Spans, cuda: bool) -> None:
                 stack.enter_context(stirred(*args))
             yield
 
-    fast.stirred = stirring
+    trial.stirred = stirring
     spans.around(fast.Fast, "loss", "weft: loss")
     spans.around(torch.Tensor, "backward", "backward pass")
     spans.around(threading.Thread, "join", "a thread's end")
@@ -261,14 +265,14 @@ def alone(row: str, device: str, tokens: int, functions: bool, without: list[str
 
 def drop(without: list[str]) -> None:
     """Leave out what prepares in threads."""
-    from weft.step import fast, warming
+    from weft.step import trial, warming
 
     if "card" in without:
         nothing = threading.Thread(target=time.time)
         nothing.start()
         warming._card.append(nothing)
     if "ahead" in without:
-        fast._compile_ahead = lambda *args: None
+        trial.compile_ahead = lambda *args: None
 
 
 def pool(began: float) -> list[float]:

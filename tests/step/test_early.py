@@ -13,9 +13,10 @@ from weft.kernels import gated as operations
 from weft.kernels import linear_cross_entropy
 from weft.quant import quantise_
 from weft.step import early
-from weft.step.fast import Fast, _try
+from weft.step.fast import Fast
 from weft.step.gated import gated_mlps
 from weft.step.loss import fusible
+from weft.step.trial import run
 
 
 @pytest.mark.parametrize("base", ["fp32", "nf4"])
@@ -51,6 +52,6 @@ def test_it_begins_when_the_parameters_have_the_numbers_of_the_check(monkeypatch
     monkeypatch.setattr(early, "launch", lambda *_: seen.append(all(bool(p.any()) for p in parameters.values())))
     assert not all(bool(p.any()) for p in parameters.values())
     fast = Fast(model, True, fusible(model), False, 1.0, list(model.model.layers), True)
-    _try(fast, pad(rows([9, 4])), parameters, True, False, pytest.fail)
+    run(fast, pad(rows([9, 4])), parameters, True, False, pytest.fail)
     fast.close()
     assert seen == [True]

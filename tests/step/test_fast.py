@@ -211,7 +211,7 @@ def test_a_trial_that_fails_leaves_the_model_as_it_was(monkeypatch):
     weft.adapt(model, weft.LoRA(rank=3)).train()
     monkeypatch.setattr("weft.step.fast.usable", lambda t: True)
     monkeypatch.setattr("weft.step.fast.narrowable", partial(narrowable, everywhere=True))
-    monkeypatch.setattr("weft.step.fast.measure", full)
+    monkeypatch.setattr("weft.step.trial.measure", full)
     said = []
     with pytest.raises(weft.WeftError, match="does not fit"):
         prepare(model, pad(rows([9, 4])), weft.adapters.trainable(model, "default"), compile=True, fp8=True, say=said.append)
@@ -227,7 +227,7 @@ def test_products_in_fp8_that_nothing_was_held_against(monkeypatch, fp8):
     quantise_(model, "fp8")
     weft.adapt(model, weft.LoRA(rank=3)).train()
     monkeypatch.setattr("weft.step.fast.narrowable", partial(narrowable, everywhere=True))
-    monkeypatch.setattr("weft.step.fast._plain", lambda *_: None)
+    monkeypatch.setattr("weft.step.trial.plain_pass", lambda *_: None)
     fast = prepare(model, pad(rows([9, 4])), weft.adapters.trainable(model, "default"), compile=False, fp8=fp8)
     assert sum(m.narrow for _, m in modules(model) if hasattr(m, "narrow")) == len(fast.narrow) == (14 if fp8 else 0)
     fast.close()

@@ -17,7 +17,7 @@ from tests.step.test_loss import rows
 from tests.step.test_twin import build as model_of
 from weft.core import WeftError, amount
 from weft.data import pad
-from weft.step import capture, levels, offload, prepare
+from weft.step import capture, levels, offload, prepare, trial
 from weft.step import fast as steps
 from weft.step import regions as places
 from weft.step.offload import Offload
@@ -368,12 +368,12 @@ def test_few_layers_of_which_none_can_lend() -> None:
 
 def test_a_host_without_room_leaves_the_same_without_lending(monkeypatch: pytest.MonkeyPatch) -> None:
     fast, batch, parameters = tried(False)
-    expected = steps.measure(fast.model, [batch], fast.loss, parameters)
+    expected = trial.measure(fast.model, [batch], fast.loss, parameters)
     monkeypatch.setattr(offload, "free_in_host", lambda: 1000)
     fast.install(0.0)
     assert fast.lending and "recomputed, what they keep in host memory" in fast.describe()
     said: list[str] = []
-    found, why = steps._pass(fast, batch, parameters, said.append)
+    found, why = trial.fast_pass(fast, batch, parameters, said.append)
     assert found is not None and not why and found[0] == pytest.approx(expected[0])
     assert (fast.level, fast.lending) == (0.0, 0) and fast.describe().endswith("layers recomputed")
     assert len(said) == 1 and "host's memory with 0% of the activations kept; trying without lending" in said[0]
@@ -396,7 +396,7 @@ def test_what_a_step_takes_counts_what_lies_in_graphs(monkeypatch: pytest.Monkey
             said.append(what)
             monkeypatch.setattr(capture, "_inside", {})  # as where the next level has no graphs
 
-        steps._pass(fast, batch, parameters, told)
+        trial.fast_pass(fast, batch, parameters, told)
         assert fast.level == expected and len(said) == (expected < 1)
     fast.close()
 

@@ -16,7 +16,7 @@ from tests.step.test_loss import rows
 from weft.data import pack, pad
 from weft.models import attention
 from weft.step import fast as steps
-from weft.step import prepare
+from weft.step import prepare, trial
 from weft.step.fast import Fast
 from weft.step.twin import Ahead
 
@@ -37,7 +37,7 @@ WORKER = ThreadPoolExecutor(1)
 def ended(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """On a CPU it is tried too; whether there was a graph, each time."""
     told: list[bool] = []
-    begin, end = steps._compile_ahead, Ahead.end
+    begin, end = trial.compile_ahead, Ahead.end
 
     def trying(fast: Fast, *rest: Any) -> Any:
         fast.cuda = True
@@ -51,7 +51,7 @@ def ended(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
         return told[-1]
 
     monkeypatch.setattr(steps, "usable", lambda t: True)
-    monkeypatch.setattr(steps, "_compile_ahead", trying)
+    monkeypatch.setattr(trial, "compile_ahead", trying)
     monkeypatch.setattr(Ahead, "end", telling)
     work: list[Future[None]] = []
     monkeypatch.setattr(Ahead, "start", lambda self: work.append(WORKER.submit(self.run)))
@@ -67,7 +67,7 @@ def test_its_graphs_are_the_layers_both_ways(ended: list[bool], monkeypatch: pyt
     parameters = weft.adapters.trainable(model, "default")
     places = {name: p.data_ptr() for name, p in parameters.items()}
     graphs: list[int] = []
-    plain = steps._plain
+    plain = trial.plain_pass
     end = Ahead.end
 
     def ending(self: Ahead) -> bool:
@@ -80,7 +80,7 @@ def test_its_graphs_are_the_layers_both_ways(ended: list[bool], monkeypatch: pyt
         return plain(fast, *rest)
 
     monkeypatch.setattr(Ahead, "end", ending)
-    monkeypatch.setattr(steps, "_plain", after)
+    monkeypatch.setattr(trial, "plain_pass", after)
     fast = prepare(model, pad(rows([9, 4, 7])), parameters, compile=True, varying=varying, say=pytest.fail)
     assert ended == [True] and graphs == [2] and fast.compiled and fast.inside.stacks and fast.inside.mlps
     fast.loss(pad(rows([9, 5, 8]))).backward()
@@ -150,7 +150,7 @@ def test_a_plain_pass_that_the_compiler_breaks_is_done_again_alone(ended, monkey
     """torch's tracing puts its own in the place of nn.Module.__call__, for all threads: seen once on a card."""
     tried: list[int] = []
     held: list[ref[torch.Tensor]] = []
-    plain = steps._plain
+    plain = trial.plain_pass
 
     def broken(fast: Fast, batch: Any, parameters: Any, say: Any, keep: bool = True) -> Any:
         tried.append(1)
@@ -162,7 +162,7 @@ def test_a_plain_pass_that_the_compiler_breaks_is_done_again_alone(ended, monkey
         assert held[0]() is None
         return plain(fast, batch, parameters, say, keep)
 
-    monkeypatch.setattr(steps, "_plain", broken)
+    monkeypatch.setattr(trial, "plain_pass", broken)
     model, batch = build(), pad(rows([9, 9]))
     said: list[str] = []
     fast = prepare(model, batch, weft.adapters.trainable(model, "default"), compile=True, varying=False, say=said.append)
@@ -174,7 +174,7 @@ def test_a_plain_pass_that_fails_alone_fails(monkeypatch):
     def broken(*_: Any) -> Any:
         raise NameError("no such thing")
 
-    monkeypatch.setattr(steps, "_plain", broken)
+    monkeypatch.setattr(trial, "plain_pass", broken)
     model, batch = build(), pad(rows([9, 9]))
     with pytest.raises(NameError, match="no such thing"):
         prepare(model, batch, weft.adapters.trainable(model, "default"), compile=False, varying=False)
