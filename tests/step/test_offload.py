@@ -472,8 +472,8 @@ def test_amounts(said: Any, meant: float | None) -> None:
 
 @pytest.mark.parametrize("said", ["much", -1, "-1", "40 G", "GB", float("nan"), float("inf"), ""])
 def test_no_amounts(said: Any) -> None:
-    with pytest.raises(WeftError, match=r"train\.memory: .* is not .auto., a share"):
-        amount(said)
+    with pytest.raises(WeftError, match=r"^train\.memory: .* is not .auto., a share"):
+        amount(said, "train.memory")
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", r"ignore:The \.grad attribute")

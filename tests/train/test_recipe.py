@@ -113,7 +113,7 @@ def test_unknown_keys_all_at_once_with_the_nearest():
         ("data.eval_split", 2.0, "data.eval_split"),
         ("train.lr", -1.0, "train.lr: -1.0 must be above 0"),
         ("train.device", "gpu", "train.device: 'gpu' is not \"auto\""),
-        ("train.device", "cuda:77", "train.device: 'cuda:77' is not here; torch sees"),
+        ("train.device", "cuda:77", "train.device: 'cuda:77': torch finds"),
         ("train.tokens", 0, "train.tokens: 0 must be at least 1"),
         ("base", "nf5", "base: base='nf5' is not one of"),
     ],

@@ -201,13 +201,10 @@ def check_device(device: str | None) -> str | None:
     """The device as torch understands it. Raises UsageError for one that it does not know or that is not there."""
     if device in (None, "auto"):
         return None
-    import torch
+    from weft.core import WeftError, device_of
 
     try:
-        place = torch.device(device)
-    except RuntimeError:
-        raise UsageError(f"--device {device}: write cpu, cuda or cuda:1") from None
-    have = torch.cuda.device_count()
-    if place.type == "cuda" and (place.index or 0) >= have:
-        raise UsageError(f"--device {device}: torch finds {have or 'no'} CUDA device{'' if have == 1 else 's'} here")
+        device_of(device, f"--device {device}")
+    except WeftError as e:
+        raise UsageError(str(e)) from None
     return device

@@ -2,6 +2,7 @@
 
 from weft.core.adapter import Adapter, Mixture, masters
 from weft.core.amounts import amount
+from weft.core.devices import device_of
 from weft.core.errors import FAILS, WeftError
 from weft.core.layers import features, is_conv, is_conv1d, is_linear, is_sharded, logical, numbers
 from weft.core.method import METHODS, PEFT, Method
@@ -47,6 +48,7 @@ __all__ = [
     "by_pattern",
     "check_open",
     "close_site",
+    "device_of",
     "features",
     "is_conv",
     "is_conv1d",

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from weft.core import WeftError
+from weft.core import WeftError, device_of
 from weft.models import packed, stream
 from weft.models.shards import Lazy, Shards
 from weft.quant import BASES, FORMATS, candidates, computing, format_of, parse_base, writable
@@ -61,7 +61,8 @@ def load_base(
             that hold NaN or Inf, or that are quantised in a way which weft cannot read; an unknown `base`.
     """
     kind, options = parse_base(base)
-    place = _place(device)
+    named = device if device is not None else "cuda" if torch.cuda.is_available() else "cpu"
+    place = device_of(named, f"device={str(named)!r}")
     dtype = BASES.get(kind) or (torch.float32 if place.type == "cpu" else torch.bfloat16)
     source = resolve(name)
     if Path(source).is_dir():
@@ -82,18 +83,6 @@ def load_base(
         raise WeftError(f"{name} could not be loaded as a model: {first}") from e
     _check_weights(name, info)
     return model.to(place).eval().requires_grad_(False)
-
-
-def _place(device: str | torch.device | None) -> torch.device:
-    """Where `load_base` puts a model. Raises WeftError for a device that torch does not know or that is not here."""
-    try:
-        place = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
-    except RuntimeError:
-        raise WeftError(f"device={device!r}: write cpu, cuda or cuda:1") from None
-    have = torch.cuda.device_count()
-    if place.type == "cuda" and (place.index or 0) >= have:
-        raise WeftError(f"device={str(device)!r}: torch finds {have or 'no'} CUDA device{'' if have == 1 else 's'} here")
-    return place
 
 
 def _streamed(

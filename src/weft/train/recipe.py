@@ -10,9 +10,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Literal
 
-import torch
-
-from weft.core import Method, WeftError, amount
+from weft.core import Method, WeftError, amount, device_of
 from weft.data import DataConfig
 from weft.methods import LoRA
 from weft.quant import FORMATS, parse_base
@@ -177,15 +175,17 @@ def check(recipe: Recipe) -> list[str]:
     need(t.spike == 0 or t.spike > 1, f"train.spike: {t.spike} must be above 1 (0: no spike guard)")
     need(t.spike_steps > 0, f"train.spike_steps: {t.spike_steps} must be at least 1")
     try:
-        amount(t.memory)
+        amount(t.memory, "train.memory")
     except WeftError as error:
         problems.append(str(error))
     need(t.log_every > 0, f"train.log_every: {t.log_every} must be at least 1")
     named = re.fullmatch(r"auto|cpu|cuda(:\d+)?|mps", t.device)
     need(bool(named), f'train.device: {t.device!r} is not "auto", "cpu", "cuda" or "cuda:1"')
     if named and t.device.startswith("cuda"):
-        there = torch.cuda.device_count()
-        need(int(t.device[5:] or 0) < there, f"train.device: {t.device!r} is not here; torch sees {there} CUDA devices")
+        try:
+            device_of(t.device, f"train.device: {t.device!r}")
+        except WeftError as error:
+            problems.append(str(error))
     need(t.threads is None or t.threads > 0, f"train.threads: {t.threads} must be at least 1 (null: torch's own number)")
     need(e.max_new_tokens > 0, f"eval.max_new_tokens: {e.max_new_tokens} must be at least 1")
     need(e.batch > 0, f"eval.batch: {e.batch} must be at least 1")
