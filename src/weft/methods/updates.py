@@ -24,7 +24,7 @@ class Update(Adapter):
 
     def delta(self, layer: Any) -> Tensor:
         """ΔW, in fp32."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} does not say what its update is")
 
     def rounded(self, layer: Any, dtype: torch.dtype) -> Tensor:
         """ΔW in the dtype in which it acts."""

@@ -27,7 +27,7 @@ class Virtual(Adapter):
 
     def around(self, layer: Any, adapters: Sequence[Virtual], rows: Tensor | None, call: dict[str, Any]) -> Any:
         """The model called with these adapters' parts in front. rows: (n,) the adapter of each row, or -1; None: the one of all."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} does not say how the model is called")
 
     def forward(self, layer: Site | Around, *inputs: Any, **kwargs: Any) -> Any:
         return self.around(layer, [self], None, called(layer, inputs, kwargs))
