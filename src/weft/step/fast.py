@@ -167,7 +167,7 @@ def prepare(
     Raises:
         WeftError: the micro-batch does not fit even with the least memory; a memory setting of no sense; autocast on an fp32 base.
     """
-    share = amount(memory)
+    share = amount(memory, "train.memory")  # as all that is said here speaks of the recipe
     close_earlier(model)
     device, layers = batch.input_ids.device, repeated(model)
     cuda = device.type == "cuda"
